@@ -1,0 +1,89 @@
+-- What the functions and views share. Nobody but the owner may call it.
+
+CREATE FUNCTION payoutq.lock_job(job_id bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_job_sql';
+COMMENT ON FUNCTION payoutq.lock_job(bigint) IS
+'waits until no batch of the job is being paid, and lets none begin before the transaction ends';
+
+CREATE FUNCTION payoutq.origin() RETURNS text
+LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'payoutq_origin_sql';
+COMMENT ON FUNCTION payoutq.origin() IS
+'names this installation: system identifier, database, extension; a job with another one came in with a restore';
+
+CREATE FUNCTION payoutq.wake() RETURNS void
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_wake_sql';
+COMMENT ON FUNCTION payoutq.wake() IS
+'wakes the workers of this database, and whoever waits for a job, when the transaction commits';
+
+CREATE FUNCTION payoutq.change_balance(account text, currency text, amount bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_change_balance_sql';
+COMMENT ON FUNCTION payoutq.change_balance(text, text, bigint) IS
+'adds the amount, which may be negative, to a balance; 23514 if that is too low';
+
+CREATE FUNCTION payoutq.user_balance(account text, currency text) RETURNS bigint
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_user_balance_sql';
+COMMENT ON FUNCTION payoutq.user_balance(text, text) IS
+'balance of a user, null when there is no such account';
+
+-- STABLE, so that it sees what its caller's snapshot sees.
+CREATE FUNCTION payoutq.system_balance(account text, currency text) RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT (coalesce((SELECT sum(m.amount) FROM payoutq.movement m
+                       WHERE m.credit_account = account AND m.currency = system_balance.currency), 0)
+          - coalesce((SELECT sum(m.amount) FROM payoutq.movement m
+                       WHERE m.debit_account = account AND m.currency = system_balance.currency), 0)
+          - coalesce((SELECT sum(p.paid) FROM payoutq.progress p
+                       WHERE p.job_id = CASE WHEN account ~ '^@job:\d{1,18}$'
+                                             THEN substr(account, 6)::bigint END), 0))::bigint
+$$;
+COMMENT ON FUNCTION payoutq.system_balance(text, text) IS
+'balance of a system account, derived from what was moved';
+
+CREATE FUNCTION payoutq.read_winners(winners jsonb)
+RETURNS TABLE (entry integer, user_id text, amount bigint)
+LANGUAGE C STRICT IMMUTABLE AS 'MODULE_PATHNAME', 'payoutq_read_winners_jsonb';
+CREATE FUNCTION payoutq.read_winners(user_ids text[], amounts bigint[])
+RETURNS TABLE (entry integer, user_id text, amount bigint)
+LANGUAGE C STRICT IMMUTABLE AS 'MODULE_PATHNAME', 'payoutq_read_winners_arrays';
+COMMENT ON FUNCTION payoutq.read_winners(jsonb) IS 'the entries that the winners would become, checked';
+COMMENT ON FUNCTION payoutq.read_winners(text[], bigint[]) IS 'the entries that the winners would become, checked';
+
+CREATE FUNCTION payoutq.worker_slots()
+RETURNS TABLE (pid integer, state text, job_id bigint, batch_no integer, since timestamptz,
+               batches bigint, entries bigint, last_error text)
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_worker_slots';
+COMMENT ON FUNCTION payoutq.worker_slots() IS 'workers of this database in shared memory; none without preload';
+
+CREATE FUNCTION payoutq.announce(job_id bigint, event text) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT pg_notify('payoutq_jobs',
+                     json_build_object('event', event, 'job_id', j.id, 'reference', left(j.reference, 500),
+                                       'status', j.status)::text),
+           payoutq.wake()
+      FROM payoutq.job j WHERE j.id = announce.job_id
+$$;
+COMMENT ON FUNCTION payoutq.announce(bigint, text) IS
+'notifies the channel payoutq_jobs: {"event", "job_id", "reference", "status"}';
+
+-- The job, locked against its workers, or 42704.
+CREATE FUNCTION payoutq.locked_job(job_id bigint) RETURNS payoutq.job
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    job payoutq.job;
+BEGIN
+    PERFORM payoutq.lock_job(job_id);
+    SELECT j.* INTO job FROM payoutq.job j WHERE j.id = job_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'job % does not exist', coalesce(job_id::text, 'null')
+            USING ERRCODE = 'undefined_object';
+    END IF;
+    RETURN job;
+END $$;
+
+CREATE FUNCTION payoutq.refuse_state(job payoutq.job, verb text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'job % cannot be %', job.id, verb
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+              DETAIL = format('It is %s.', job.status);
+END $$;

@@ -1,0 +1,208 @@
+-- Accounts and the ledger.
+
+CREATE FUNCTION payout_balance(user_id text, currency text DEFAULT 'USD') RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN user_id LIKE '@%' THEN payoutq.system_balance(user_id, currency)
+                ELSE coalesce(payoutq.user_balance(user_id, currency), 0) END
+$$;
+COMMENT ON FUNCTION payout_balance(text, text) IS
+'balance of a user or of a system account (@outside, @platform, @job:<id>), in minor units; 0 if there is no such account';
+
+-- A deposit or a withdrawal, once a reference.
+CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text)
+RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    user_id text := CASE kind WHEN 'deposit' THEN credit ELSE debit END;
+    posted payoutq.movement;
+    id bigint;
+BEGIN
+    IF user_id IS NULL OR user_id = '' OR user_id LIKE '@%' THEN
+        RAISE EXCEPTION 'invalid user id "%"', coalesce(user_id, 'null')
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It must not be empty, nor begin with "@".';
+    END IF;
+    IF reference IS NULL OR reference = '' OR currency IS NULL OR currency = '' OR amount IS NULL THEN
+        RAISE EXCEPTION 'amount, reference and currency must not be null or empty'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF amount <= 0 THEN
+        RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
+    END IF;
+
+    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
+    VALUES (kind, debit, credit, currency, amount, reference)
+    ON CONFLICT ON CONSTRAINT movement_reference_key DO NOTHING RETURNING m.id INTO id;
+    IF id IS NOT NULL THEN
+        PERFORM payoutq.change_balance(user_id, currency, CASE kind WHEN 'deposit' THEN amount ELSE -amount END);
+        RETURN id;
+    END IF;
+
+    SELECT m.* INTO STRICT posted FROM payoutq.movement m WHERE m.reference = reference;
+    IF (posted.kind, posted.debit_account, posted.credit_account, posted.currency, posted.amount)
+       IS DISTINCT FROM (kind, debit, credit, currency, amount) THEN
+        RAISE EXCEPTION 'reference "%" is taken by movement %', reference, posted.id
+            USING ERRCODE = 'unique_violation',
+                  DETAIL = format('That is a %s of %s %s from %s to %s.', posted.kind, posted.amount,
+                                  posted.currency, posted.debit_account, posted.credit_account);
+    END IF;
+    RETURN posted.id;
+END $$;
+
+CREATE FUNCTION payout_deposit(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT payoutq.post('deposit', '@outside', user_id, amount, reference, currency)
+$$;
+COMMENT ON FUNCTION payout_deposit(text, bigint, text, text) IS
+'credits a user from outside, once a reference, and returns the movement''s id; errors: 22023, 23514, 23505, 22003';
+
+CREATE FUNCTION payout_withdraw(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT payoutq.post('withdrawal', user_id, '@outside', amount, reference, currency)
+$$;
+COMMENT ON FUNCTION payout_withdraw(text, bigint, text, text) IS
+'takes from a user''s balance to the outside, once a reference, and returns the movement''s id; errors: 22023, 23514 (also: balance too low), 23505';
+
+CREATE FUNCTION payout_reverse_entry(job_id bigint, user_id text, amount bigint, reason text DEFAULT NULL) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    job payoutq.job := payoutq.locked_job(job_id);
+    entry payoutq.entry;
+    reversed numeric;
+    id bigint;
+BEGIN
+    SELECT e.* INTO entry FROM payoutq.entry e WHERE e.job_id = job.id AND e.user_id = user_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'job % has no entry for user "%"', job.id, user_id USING ERRCODE = 'undefined_object';
+    END IF;
+    IF amount IS NULL OR amount <= 0 THEN
+        RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
+    END IF;
+    IF NOT EXISTS (SELECT FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'completed'
+                      AND entry.seq BETWEEN b.first_seq AND b.last_seq) THEN
+        RAISE EXCEPTION 'the entry of user "%" is not paid', user_id
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+
+    -- The job's lock makes us the only one who counts.
+    SELECT coalesce(sum(m.amount), 0) INTO reversed FROM payoutq.movement m
+     WHERE m.job_id = job.id AND m.kind = 'reversal' AND m.entry_seq = entry.seq;
+    IF reversed + amount > entry.amount THEN
+        RAISE EXCEPTION 'reversals exceed the entry'
+            USING ERRCODE = 'check_violation',
+                  DETAIL = format('%s of %s are reversed already.', reversed, entry.amount);
+    END IF;
+
+    PERFORM payoutq.change_balance(user_id, job.currency, -amount);
+    PERFORM payoutq.change_balance(job.source_account, job.currency, amount);
+    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, reason)
+    VALUES ('reversal', user_id, job.source_account, job.currency, amount, job.id, entry.seq, reason)
+    RETURNING m.id INTO id;
+    RETURN id;
+END $$;
+COMMENT ON FUNCTION payout_reverse_entry(bigint, text, bigint, text) IS
+'takes back a paid entry, or a part of it, to the account that funded the job, and returns the movement''s id; errors: 42704, 55000, 23514 (also: balance too low)';
+
+CREATE FUNCTION payout_statement(user_id text, currency text DEFAULT 'USD')
+RETURNS TABLE (posted_at timestamptz, kind text, amount bigint, balance bigint, job_id bigint, entry integer,
+               reference text, reason text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH line AS (
+        SELECT b.processed_at AS posted_at, j.kind, e.amount, j.id AS job_id, e.seq AS entry, j.reference, NULL AS reason,
+               0::bigint AS movement
+          FROM payoutq.entry e
+          JOIN payoutq.job j ON j.id = e.job_id AND j.currency = payout_statement.currency
+         CROSS JOIN LATERAL (SELECT * FROM payoutq.batch
+                              WHERE batch.job_id = e.job_id AND batch.first_seq <= e.seq
+                              ORDER BY batch.first_seq DESC LIMIT 1) b
+         WHERE e.user_id = payout_statement.user_id AND b.status = 'completed'
+        UNION ALL
+        SELECT m.posted_at, m.kind, m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.id
+          FROM payoutq.movement m
+         WHERE m.credit_account = payout_statement.user_id AND m.currency = payout_statement.currency
+        UNION ALL
+        SELECT m.posted_at, m.kind, -m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.id
+          FROM payoutq.movement m
+         WHERE m.debit_account = payout_statement.user_id AND m.currency = payout_statement.currency
+    )
+    SELECT l.posted_at, l.kind, l.amount,
+           sum(l.amount) OVER (ORDER BY l.posted_at, l.movement, l.job_id, l.entry)::bigint,
+           l.job_id, l.entry, l.reference, l.reason
+      FROM line l ORDER BY l.posted_at, l.movement, l.job_id, l.entry
+$$;
+COMMENT ON FUNCTION payout_statement(text, text) IS
+'the ledger lines of a user in order of time, amounts signed, with the running balance';
+
+CREATE FUNCTION payout_split(pool bigint, weights bigint[]) RETURNS bigint[]
+LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
+COMMENT ON FUNCTION payout_split(bigint, bigint[]) IS
+'divides the pool in proportion to the weights, to the last unit: shares rounded down, what is left to the largest remainders (Hamilton''s method); errors: 22023, 23514';
+
+CREATE FUNCTION payout_bind_accounts(table_name regclass, key_column name, balance_column name,
+                                     currency text DEFAULT 'USD') RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tab pg_class;
+    key pg_attribute;
+    balance pg_attribute;
+BEGIN
+    SELECT c.* INTO tab FROM pg_class c WHERE c.oid = table_name;
+    SELECT a.* INTO key FROM pg_attribute a WHERE a.attrelid = table_name AND a.attname = key_column
+       AND a.attnum > 0 AND NOT a.attisdropped;
+    SELECT a.* INTO balance FROM pg_attribute a WHERE a.attrelid = table_name AND a.attname = balance_column
+       AND a.attnum > 0 AND NOT a.attisdropped;
+
+    IF currency IS NULL OR currency = '' OR tab.oid IS NULL THEN
+        RAISE EXCEPTION 'table_name and currency must not be null or empty' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF NOT pg_has_role(session_user, tab.relowner, 'USAGE') THEN
+        RAISE EXCEPTION 'must be owner of table %', table_name USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF tab.relkind NOT IN ('r', 'p') OR tab.relpersistence = 't' THEN
+        RAISE EXCEPTION '% cannot be bound', table_name
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'Only permanent tables can keep balances.';
+    END IF;
+    IF key.attnum IS NULL OR key.atttypid::regtype NOT IN ('text', 'varchar', 'bigint', 'integer', 'uuid') THEN
+        RAISE EXCEPTION 'column "%" of % cannot be a key', key_column, table_name
+            USING ERRCODE = 'invalid_parameter_value',
+                  DETAIL = 'It must exist, and be of type text, varchar, bigint, integer or uuid.';
+    END IF;
+    IF balance.attnum IS NULL OR balance.attgenerated <> '' OR balance.attnum = key.attnum
+       OR balance.atttypid::regtype NOT IN ('bigint', 'integer', 'numeric') THEN
+        RAISE EXCEPTION 'column "%" of % cannot be a balance', balance_column, table_name
+            USING ERRCODE = 'invalid_parameter_value',
+                  DETAIL = 'It must exist, not be generated, and be of type bigint, integer or numeric.';
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = table_name AND i.indisunique AND i.indisvalid
+                      AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = key.attnum) THEN
+        RAISE EXCEPTION 'column "%" of % is not unique', key_column, table_name
+            USING ERRCODE = 'invalid_parameter_value',
+                  DETAIL = 'A user must have one balance.', HINT = 'Create a unique index on it.';
+    END IF;
+    IF EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = payout_bind_accounts.currency) THEN
+        RAISE EXCEPTION 'currency "%" is bound already', currency
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Use payout_unbind_accounts() first.';
+    END IF;
+    IF EXISTS (SELECT FROM payoutq.account a WHERE a.currency = payout_bind_accounts.currency AND a.balance > 0) THEN
+        RAISE EXCEPTION 'there are balances in currency "%" already', currency
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'They would no longer be seen.', HINT = 'Withdraw them first.';
+    END IF;
+
+    INSERT INTO payoutq.binding (currency, table_name, key_column, balance_column)
+    VALUES (currency, table_name, key_column, balance_column);
+END $$;
+COMMENT ON FUNCTION payout_bind_accounts(regclass, name, name, text) IS
+'keeps the balances of a currency in a table of the application; credits are made as the owner of the table; the key must be unique; for the owner of the table; errors: 22023, 42501, 55000';
+
+CREATE FUNCTION payout_unbind_accounts(currency text DEFAULT 'USD') RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DELETE FROM payoutq.binding b WHERE b.currency = payout_unbind_accounts.currency;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'currency "%" is not bound', currency USING ERRCODE = 'undefined_object';
+    END IF;
+END $$;
+COMMENT ON FUNCTION payout_unbind_accounts(text) IS
+'keeps the balances of a currency in the extension''s own table again, where they begin at zero; error: 42704';

@@ -1,0 +1,70 @@
+-- Workers, and what to alert on.
+
+CREATE FUNCTION payoutq.start_worker() RETURNS void
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_start_worker_sql';
+CREATE FUNCTION payoutq.stop_workers() RETURNS void
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_stop_workers_sql';
+
+CREATE FUNCTION payout_start_worker() RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT payoutq.start_worker()
+$$;
+COMMENT ON FUNCTION payout_start_worker() IS
+'lets workers run in this database again after payout_stop_workers(); without shared_preload_libraries, starts one that looks for work every second until it is stopped';
+
+CREATE FUNCTION payout_stop_workers() RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT payoutq.stop_workers();
+    SELECT count(pg_terminate_backend(w.pid))::integer FROM payoutq.workers() w WHERE w.pid IS NOT NULL;
+$$;
+COMMENT ON FUNCTION payout_stop_workers() IS
+'ends the workers of this database, after the batch each of them is at is rolled back or committed, until payout_start_worker() or a restart of the server; returns how many';
+
+-- Who keeps VACUUM from removing the old versions of balances.
+CREATE FUNCTION payoutq.xmin_holders() RETURNS TABLE (age bigint, who text)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT age(a.backend_xmin), format('pid %s (%s, %s), since %s', a.pid, coalesce(a.usename, a.backend_type), a.state,
+                                       date_trunc('second', a.xact_start))
+      FROM pg_stat_activity a WHERE a.backend_xmin IS NOT NULL AND a.pid <> pg_backend_pid()
+    UNION ALL
+    SELECT age(x), format('replication slot %s', s.slot_name)
+      FROM pg_replication_slots s, unnest(ARRAY[s.xmin, s.catalog_xmin]) x WHERE x IS NOT NULL
+    UNION ALL
+    SELECT age(p.transaction), format('prepared transaction %s, since %s', p.gid, date_trunc('second', p.prepared))
+      FROM pg_prepared_xacts p
+    ORDER BY 1 DESC LIMIT 1
+$$;
+
+CREATE VIEW payout_health AS
+SELECT c.check_name,
+       CASE c.bad_when WHEN 'above' THEN c.value <= c.threshold ELSE c.value >= c.threshold END AS ok,
+       c.value, c.threshold, c.hint
+  FROM (
+    SELECT 'oldest_job', coalesce(round(extract(epoch FROM max(now() - j.run_at))), 0), 3600, 'above',
+           'seconds that the oldest unfinished job is due; look at payout_jobs and payout_batches'
+      FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.run_at <= now()
+    UNION ALL
+    SELECT 'failed_jobs', count(*), 0, 'above', 'jobs that could not run; mend the cause, then payout_retry_job()'
+      FROM payoutq.job j WHERE j.status = 'failed'
+    UNION ALL
+    SELECT 'failed_entries', coalesce(sum(p.failed), 0), 0, 'above',
+           'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
+      FROM payoutq.progress p
+    UNION ALL
+    -- Speed matters while there is something to pay.
+    SELECT 'entries_per_second',
+           CASE WHEN EXISTS (SELECT FROM payoutq.job j WHERE j.status = 'running' AND j.started_at < now() - interval '1 minute')
+                THEN round(coalesce((SELECT sum(b.last_seq - b.first_seq + 1) FROM payoutq.batch b
+                                      WHERE b.processed_at > now() - interval '1 minute'), 0) / 60.0, 1)
+                ELSE 10 END, 10, 'below',
+           'entries processed a second in the last minute while a job is running; 10 when none is'
+    UNION ALL
+    SELECT 'worker_running', (SELECT count(*) FROM payoutq.workers()), 1, 'below',
+           'workers of this database; is payoutq in shared_preload_libraries?'
+    UNION ALL
+    SELECT 'xmin_holder', coalesce(max(x.age), 0), 1000000, 'above',
+           coalesce('vacuum is held back by ' || max(x.who), 'nobody holds back vacuum')
+      FROM payoutq.xmin_holders() x
+  ) AS c (check_name, value, threshold, bad_when, hint);
+COMMENT ON VIEW payout_health IS
+'what to alert on: ok is false when the value is beyond the threshold; xmin_holder is in transactions, and its hint names who';

@@ -1,0 +1,81 @@
+-- Three levels, each with what the one before has. The list is the only place
+-- that says who may do what; a test holds it against the catalog.
+CREATE FUNCTION payoutq.level_of(object text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT l.level FROM (VALUES
+        ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
+                         'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
+                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health']),
+        ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
+                           'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
+                           'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw']),
+        ('admin', ARRAY['payout_reverse_entry', 'payout_bind_accounts', 'payout_unbind_accounts', 'payout_start_worker',
+                        'payout_stop_workers', 'payout_grant', 'payout_revoke'])
+    ) AS l (level, objects)
+    WHERE object = ANY (l.objects)
+$$;
+
+-- GRANT or REVOKE on each object of the extension that belongs to the levels.
+CREATE FUNCTION payoutq.change_grants(role_name regrole, levels text[], command text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    target text;
+    direction text := CASE command WHEN 'GRANT' THEN 'TO' ELSE 'FROM' END;
+BEGIN
+    IF role_name IS NULL THEN
+        RAISE EXCEPTION 'role_name must not be null' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    FOR target IN
+        SELECT CASE WHEN d.classid = 'pg_proc'::regclass
+                    THEN format('EXECUTE ON ROUTINE %s', d.objid::regprocedure)
+                    ELSE format('SELECT ON %s', d.objid::regclass) END
+          FROM pg_depend d
+          JOIN pg_extension x ON x.oid = d.refobjid AND x.extname = 'payoutq'
+          LEFT JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+          LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
+         WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+           AND payoutq.level_of(coalesce(p.proname, c.relname)) = ANY (levels)
+    LOOP
+        EXECUTE format('%s %s %s %s', command, target, direction, role_name);
+    END LOOP;
+END $$;
+
+CREATE FUNCTION payout_grant(role_name regrole, level text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    levels text[] := CASE level WHEN 'reader' THEN '{reader}' WHEN 'operator' THEN '{reader,operator}'
+                                WHEN 'admin' THEN '{reader,operator,admin}' END;
+BEGIN
+    IF levels IS NULL THEN
+        RAISE EXCEPTION 'invalid level "%"', coalesce(level, 'null')
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Levels are reader, operator and admin.';
+    END IF;
+    PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
+END $$;
+COMMENT ON FUNCTION payout_grant(regrole, text) IS
+'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs, deposit, withdraw), admin (also reverse, bind tables, workers, grant)';
+
+CREATE FUNCTION payout_revoke(role_name regrole) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM payoutq.change_grants(role_name, '{reader,operator,admin}', 'REVOKE');
+END $$;
+COMMENT ON FUNCTION payout_revoke(regrole) IS 'takes back what payout_grant() gave';
+
+-- Nothing for PUBLIC: functions are executable by everybody unless revoked.
+DO $$
+DECLARE
+    routine regprocedure;
+BEGIN
+    FOR routine IN
+        SELECT d.objid FROM pg_catalog.pg_depend d
+          JOIN pg_catalog.pg_extension x ON x.oid = d.refobjid AND x.extname = 'payoutq'
+         WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.refclassid = 'pg_catalog.pg_extension'::regclass
+           AND d.deptype = 'e'
+    LOOP
+        EXECUTE pg_catalog.format('REVOKE ALL ON ROUTINE %s FROM PUBLIC', routine);
+    END LOOP;
+END $$;
+
+-- The launcher learns of the database when this commits.
+SELECT payoutq.wake();

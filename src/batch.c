@@ -1,0 +1,433 @@
+/*
+ * batch.c
+ *		Pay a batch, or record why it was not paid.
+ *
+ *					   paid
+ *		pending ---------------------> completed
+ *		 |  ^  | one entry, no attempts left, or quarantined
+ *		 |  |  +------------------> failed -- payout_retry_job() --> pending
+ *		 +--+
+ *		   transient error: waits, with backoff
+ *		   data error, several entries: split in two, both pending
+ *		   data error, one entry: waits while attempts are left
+ *		   accounts missing: those entries cut out, the rest pending
+ *
+ * A batch is completed in the transaction that changes the balances, under its
+ * row lock, and by complete_batch() only.  Nothing else credits an entry.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "payoutq.h"
+
+/*
+ * A job is stopped when its first so many isolated entries all failed with the
+ * same error: what fails for everybody must not be bisected for everybody.
+ */
+#define MASS_FAILURE		20
+
+/* What a missing account is recorded as. */
+#define MISSING_ACCOUNT		ERRCODE_NO_DATA_FOUND
+
+static int	entries_of(const Claim *claim);
+static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
+static void complete_batch(const Claim *claim);
+static void count_progress(const Claim *claim, int completed, int failed,
+						   int64 paid);
+static BatchOutcome record_failure(const Claim *claim, ErrorData *error);
+static void wait_for_another_try(const Claim *claim, const ErrorData *error);
+static void fail_entries(const Claim *claim, int sqlstate, const char *message);
+static void forget_attempt(const Claim *claim);
+static bool is_mass_failure(int64 job_id);
+static void bisect(const Claim *claim, const ErrorData *error);
+static BatchOutcome cut_out(const Claim *claim, int32 *missing, int count,
+							ErrorData **error);
+static void split(const Claim *claim, Datum *first, Datum *last, Datum *isolated,
+				  int pieces, int sqlstate, const char *message);
+static ErrorData *make_error(int sqlstate, const char *message);
+
+BatchOutcome
+payoutq_pay_batch(const Claim *claim, ErrorData **error)
+{
+	int32	   *missing = NULL;
+	int			count = try_to_pay(claim, &missing, error);
+
+	if (*error)
+	{
+		payoutq_worker_error((*error)->message);
+		return record_failure(claim, *error);
+	}
+	if (count > 0)
+		return cut_out(claim, missing, count, error);
+	return BATCH_PAID;
+}
+
+static int
+entries_of(const Claim *claim)
+{
+	return claim->last_seq - claim->first_seq + 1;
+}
+
+/*
+ * One savepoint for the whole batch.  Returns the number of entries whose
+ * account is missing; unless it is 0, and without an error, nothing was done.
+ */
+static int
+try_to_pay(const Claim *claim, int32 **missing, ErrorData **error)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile int count = 0;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		count = payoutq_credit_entries(claim, missing);
+		if (count == 0)
+		{
+			complete_batch(claim);
+			ReleaseCurrentSubTransaction();
+		}
+		else
+			RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		*error = payoutq_catch(context, owner);
+	}
+	PG_END_TRY();
+
+	return count;
+}
+
+static void
+complete_batch(const Claim *claim)
+{
+	static EngineStatement complete = {
+		"UPDATE payoutq.batch"
+		"   SET status = 'completed', attempts = attempts + 1, crashes = 0, processed_at = $3"
+		" WHERE job_id = $1 AND batch_no = $2 AND status = 'pending'",
+		3, {INT8OID, INT4OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->batch_no),
+	TimestampTzGetDatum(GetCurrentTimestamp())};
+
+	if (payoutq_execute(&complete, values, NULL, SPI_OK_UPDATE) != 1)
+		elog(ERROR, "batch %d of job " INT64_FORMAT " is not pending",
+			 claim->batch_no, claim->job_id);
+	count_progress(claim, entries_of(claim), 0, claim->amount);
+}
+
+/* Last in the transaction, so that its row is not locked for long. */
+static void
+count_progress(const Claim *claim, int completed, int failed, int64 paid)
+{
+	static EngineStatement count = {
+		"INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid)"
+		" VALUES ($1, $2, $3, $4, $5, $6)"
+		" ON CONFLICT (job_id, part, slot) DO UPDATE"
+		"    SET completed = p.completed + excluded.completed,"
+		"        failed = p.failed + excluded.failed, paid = p.paid + excluded.paid",
+		6, {INT8OID, INT4OID, INT4OID, INT8OID, INT8OID, INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->batch_no / 1024),
+		Int32GetDatum(MyBackendNumber() % 64),
+		Int64GetDatum(completed), Int64GetDatum(failed), Int64GetDatum(paid)};
+
+	(void) payoutq_execute(&count, values, NULL, SPI_OK_INSERT);
+}
+
+/* Before risky work, in a transaction of its own. */
+void
+payoutq_count_attempt(const Claim *claim)
+{
+	static EngineStatement count = {
+		"UPDATE payoutq.batch SET crashes = crashes + 1 WHERE job_id = $1 AND batch_no = $2",
+		2, {INT8OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+	Int32GetDatum(claim->batch_no)};
+
+	(void) payoutq_execute(&count, values, NULL, SPI_OK_UPDATE);
+}
+
+static void
+forget_attempt(const Claim *claim)
+{
+	static EngineStatement forget = {
+		"UPDATE payoutq.batch SET crashes = 0 WHERE job_id = $1 AND batch_no = $2 AND crashes > 0",
+		2, {INT8OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+	Int32GetDatum(claim->batch_no)};
+
+	(void) payoutq_execute(&forget, values, NULL, SPI_OK_UPDATE);
+}
+
+void
+payoutq_quarantine_batch(const Claim *claim)
+{
+	char	   *message = psprintf("the server or the worker was killed %d times while it paid this batch",
+								   claim->crashes);
+
+	ereport(WARNING,
+			(errcode(ERRCODE_CRASH_SHUTDOWN),
+			 errmsg("batch %d of job " INT64_FORMAT " is quarantined",
+					claim->batch_no, claim->job_id),
+			 errdetail_internal("%s", message),
+			 errhint("Mend the cause, then call payout_retry_job().")));
+	fail_entries(claim, ERRCODE_CRASH_SHUTDOWN, message);
+}
+
+static BatchOutcome
+record_failure(const Claim *claim, ErrorData *error)
+{
+	FailureClass class = payoutq_classify(error->sqlerrcode);
+
+	/* Somebody else made the account that we were about to make. */
+	if (error->sqlerrcode == ERRCODE_UNIQUE_VIOLATION && error->schema_name &&
+		strcmp(error->schema_name, "payoutq") == 0)
+		class = FAILURE_TRANSIENT;
+
+	switch (class)
+	{
+		case FAILURE_TRANSIENT:
+			wait_for_another_try(claim, error);
+			return BATCH_NOT_PAID;
+		case FAILURE_CONFIGURATION:
+			forget_attempt(claim);
+			return BATCH_JOB_FAILED;
+		case FAILURE_DATA:
+			break;
+	}
+
+	if (entries_of(claim) > 1)
+	{
+		bisect(claim, error);
+		return BATCH_NOT_PAID;
+	}
+
+	if (claim->attempts + 1 < payoutq_max_attempts)
+		wait_for_another_try(claim, error);
+	else
+		fail_entries(claim, error->sqlerrcode, error->message);
+	return is_mass_failure(claim->job_id) ? BATCH_JOB_FAILED : BATCH_NOT_PAID;
+}
+
+static void
+wait_for_another_try(const Claim *claim, const ErrorData *error)
+{
+	static EngineStatement wait = {
+		"UPDATE payoutq.batch"
+		"   SET attempts = attempts + 1, crashes = 0, run_after = $3, error_code = $4, error = $5"
+		" WHERE job_id = $1 AND batch_no = $2",
+		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->batch_no),
+		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(),
+											 claim->attempts + 1)),
+		CStringGetTextDatum(unpack_sql_state(error->sqlerrcode)),
+	CStringGetTextDatum(error->message)};
+
+	(void) payoutq_execute(&wait, values, NULL, SPI_OK_UPDATE);
+}
+
+static void
+fail_entries(const Claim *claim, int sqlstate, const char *message)
+{
+	static EngineStatement fail = {
+		"UPDATE payoutq.batch"
+		"   SET status = 'failed', attempts = attempts + 1, crashes = 0, processed_at = $3,"
+		"       error_code = $4, error = $5"
+		" WHERE job_id = $1 AND batch_no = $2 AND status = 'pending'",
+		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->batch_no),
+		TimestampTzGetDatum(GetCurrentTimestamp()),
+		CStringGetTextDatum(unpack_sql_state(sqlstate)),
+	CStringGetTextDatum(message)};
+
+	if (payoutq_execute(&fail, values, NULL, SPI_OK_UPDATE) != 1)
+		elog(ERROR, "batch %d of job " INT64_FORMAT " is not pending",
+			 claim->batch_no, claim->job_id);
+	count_progress(claim, 0, entries_of(claim), 0);
+}
+
+/*
+ * Entries that were isolated and then paid keep the error of the batch they
+ * came from, and so are found here.  A missing account is nobody else's.
+ */
+static bool
+is_mass_failure(int64 job_id)
+{
+	static EngineStatement first = {
+		"SELECT count(*) = $2 AND bool_and(status <> 'completed' AND attempts > 0)"
+		"       AND min(error_code) = max(error_code)"
+		"  FROM (SELECT status, attempts, error_code FROM payoutq.batch"
+		"         WHERE job_id = $1 AND error_code IS NOT NULL AND first_seq = last_seq"
+		"           AND error_code <> $3"
+		"         ORDER BY batch_no LIMIT $2) AS isolated",
+		3, {INT8OID, INT4OID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), Int32GetDatum(MASS_FAILURE),
+	CStringGetTextDatum(unpack_sql_state(MISSING_ACCOUNT))};
+	bool		isnull;
+	Datum		result;
+
+	(void) payoutq_execute(&first, values, NULL, SPI_OK_SELECT);
+	result = payoutq_result(0, 1, &isnull);
+	return !isnull && DatumGetBool(result);
+}
+
+static void
+bisect(const Claim *claim, const ErrorData *error)
+{
+	int32		middle = claim->first_seq + (claim->last_seq - claim->first_seq) / 2;
+	Datum		first[] = {Int32GetDatum(claim->first_seq), Int32GetDatum(middle + 1)};
+	Datum		last[] = {Int32GetDatum(middle), Int32GetDatum(claim->last_seq)};
+	Datum		isolated[] = {BoolGetDatum(false), BoolGetDatum(false)};
+
+	split(claim, first, last, isolated, 2, error->sqlerrcode, error->message);
+}
+
+/*
+ * The statement that credited the others has named the entries it found no
+ * account for (in ascending order): each becomes a batch of its own, with one
+ * attempt behind it, and the runs between them are paid in the next turns.
+ */
+static BatchOutcome
+cut_out(const Claim *claim, int32 *missing, int count, ErrorData **error)
+{
+	int			max = 2 * count + 1;
+	Datum	   *first = palloc(max * sizeof(Datum));
+	Datum	   *last = palloc(max * sizeof(Datum));
+	Datum	   *isolated = palloc(max * sizeof(Datum));
+	int			pieces = 0;
+	int32		next = claim->first_seq;
+	const char *message = "the account does not exist in the bound table";
+
+	if (entries_of(claim) == 1)
+	{
+		*error = make_error(MISSING_ACCOUNT, message);
+		return record_failure(claim, *error);
+	}
+	if (count == entries_of(claim) && count >= MASS_FAILURE)
+	{
+		forget_attempt(claim);
+		*error = make_error(MISSING_ACCOUNT,
+							psprintf("none of the %d accounts of a batch exists in the bound table", count));
+		return BATCH_JOB_FAILED;
+	}
+
+	for (int i = 0; i <= count; i++)
+	{
+		int32		cut = i < count ? missing[i] : claim->last_seq + 1;
+
+		if (next < cut)
+		{
+			first[pieces] = Int32GetDatum(next);
+			last[pieces] = Int32GetDatum(cut - 1);
+			isolated[pieces++] = BoolGetDatum(false);
+		}
+		if (i < count)
+		{
+			first[pieces] = last[pieces] = Int32GetDatum(cut);
+			isolated[pieces++] = BoolGetDatum(true);
+		}
+		next = cut + 1;
+	}
+	split(claim, first, last, isolated, pieces, MISSING_ACCOUNT, message);
+	payoutq_worker_error(message);
+	return BATCH_NOT_PAID;
+}
+
+/*
+ * Replace the batch by several: the first keeps its number, the others get new
+ * ones from the job's row.  Isolated pieces carry an attempt and its error;
+ * with no attempt left they have failed.
+ */
+static void
+split(const Claim *claim, Datum *first, Datum *last, Datum *isolated, int pieces,
+	  int sqlstate, const char *message)
+{
+	static EngineStatement numbers = {
+		"UPDATE payoutq.job SET batches = batches + $2 WHERE id = $1 RETURNING batches",
+		2, {INT8OID, INT4OID}
+	};
+	static EngineStatement split = {
+		"WITH piece AS ("
+		"    SELECT p.n, p.f, p.l, CASE WHEN p.isolated THEN 1 ELSE 0 END AS attempts,"
+		"           CASE WHEN p.isolated THEN $8 ELSE $7 END AS run_after,"
+		"           CASE WHEN p.isolated AND $11 THEN 'failed' ELSE 'pending' END AS status,"
+		"           CASE WHEN p.isolated AND $11 THEN $7 END AS processed_at,"
+		"           (SELECT sum(e.amount)::bigint FROM payoutq.entry e"
+		"             WHERE e.job_id = $1 AND e.seq BETWEEN p.f AND p.l) AS amount"
+		"      FROM ROWS FROM (unnest($4), unnest($5), unnest($6)) WITH ORDINALITY AS p (f, l, isolated, n)"
+		"), narrowed AS ("
+		"    UPDATE payoutq.batch b"
+		"       SET last_seq = p.l, amount = p.amount, attempts = p.attempts, crashes = 0,"
+		"           status = p.status, processed_at = p.processed_at,"
+		"           run_after = p.run_after, error_code = $9, error = $10"
+		"      FROM piece p"
+		"     WHERE p.n = 1 AND b.job_id = $1 AND b.batch_no = $2 AND b.status = 'pending'"
+		")"
+		" INSERT INTO payoutq.batch (job_id, batch_no, first_seq, last_seq, amount, attempts,"
+		"                            status, processed_at, run_after, error_code, error)"
+		" SELECT $1, $3 + p.n - 1, p.f, p.l, p.amount, p.attempts,"
+		"        p.status, p.processed_at, p.run_after, $9, $10"
+		"   FROM piece p WHERE p.n > 1",
+		11, {INT8OID, INT4OID, INT4OID, INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID,
+			TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, BOOLOID}
+	};
+	Datum		wanted[] = {Int64GetDatum(claim->job_id), Int32GetDatum(pieces - 1)};
+	TimestampTz now = GetCurrentTimestamp();
+	bool		no_attempt_left = payoutq_max_attempts <= 1;
+	int			failed = 0;
+	int32		highest;
+
+	(void) payoutq_execute(&numbers, wanted, NULL, SPI_OK_UPDATE_RETURNING);
+	highest = (int32) payoutq_result_int64(0, 1);
+	{
+		Datum		values[] = {Int64GetDatum(claim->job_id),
+			Int32GetDatum(claim->batch_no),
+			Int32GetDatum(highest - (pieces - 1)),
+			PointerGetDatum(construct_array(first, pieces, INT4OID, 4, true, TYPALIGN_INT)),
+			PointerGetDatum(construct_array(last, pieces, INT4OID, 4, true, TYPALIGN_INT)),
+			PointerGetDatum(construct_array(isolated, pieces, BOOLOID, 1, true, TYPALIGN_CHAR)),
+			TimestampTzGetDatum(now),
+			TimestampTzGetDatum(payoutq_retry_at(now, 1)),
+			CStringGetTextDatum(unpack_sql_state(sqlstate)),
+			CStringGetTextDatum(message),
+			BoolGetDatum(no_attempt_left)};
+
+		(void) payoutq_execute(&split, values, NULL, SPI_OK_INSERT);
+	}
+
+	for (int i = 0; i < pieces && no_attempt_left; i++)
+		failed += DatumGetBool(isolated[i]) ? 1 : 0;
+	if (failed > 0)
+		count_progress(claim, 0, failed, 0);
+}
+
+static ErrorData *
+make_error(int sqlstate, const char *message)
+{
+	ErrorData  *error = palloc0(sizeof(ErrorData));
+
+	error->elevel = ERROR;
+	error->sqlerrcode = sqlstate;
+	error->message = pstrdup(message);
+	return error;
+}

@@ -1,0 +1,325 @@
+/*
+ * binding.c
+ *		Balances in a table of the application, bound by payout_bind_accounts().
+ *
+ * Triggers and constraints of that table are somebody else's code.  It runs as
+ * the owner of the table in a security-restricted operation, never with the
+ * rights of the worker.  Where the owner is a superuser there is nothing to
+ * give up, so his table is only changed while all its triggers call functions
+ * of superusers too.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+
+#include "payoutq.h"
+
+/* The plans of a bound table are made again after so many batches, for it may
+ * have grown since. */
+#define PLAN_LIFETIME	64
+
+typedef struct BoundPlan
+{
+	Oid			table;
+	NameData	key_column;
+	NameData	balance_column;
+	SPIPlanPtr	plan;
+	int			uses;
+} BoundPlan;
+
+static void become_owner(const Binding *binding);
+static void check_superuser_table(Relation relation);
+static void make_constraints_immediate(Relation relation);
+static SPIPlanPtr bound_plan(BoundPlan *cache, const Binding *binding,
+							 const char *format, int nargs, Oid *argtypes);
+static char *bound_sql(const Binding *binding, const char *format);
+static void read_entries(const Claim *claim, Datum *users, Datum *amounts);
+static int	find_missing(const Claim *claim, int32 **missing);
+
+/* False: balances of the currency are kept in payoutq.account. */
+bool
+payoutq_find_binding(const char *currency, Binding *binding)
+{
+	static EngineStatement find = {
+		"SELECT table_name::oid::bigint, key_column, balance_column"
+		"  FROM payoutq.binding WHERE currency = $1", 1, {TEXTOID}
+	};
+	Datum		values[] = {CStringGetTextDatum(currency)};
+	AttrNumber	key;
+
+	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 0)
+		return false;
+
+	binding->table = (Oid) payoutq_result_int64(0, 1);
+	binding->key_column = payoutq_result_cstring(0, 2);
+	binding->balance_column = payoutq_result_cstring(0, 3);
+
+	if (get_rel_name(binding->table) == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("the table bound to currency \"%s\" does not exist", currency),
+				 errhint("Bind another with payout_bind_accounts().")));
+	key = get_attnum(binding->table, binding->key_column);
+	if (key == InvalidAttrNumber)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_COLUMN),
+				 errmsg("column \"%s\" of the table bound to currency \"%s\" does not exist",
+						binding->key_column, currency)));
+	binding->key_type = format_type_be_qualified(get_atttype(binding->table, key));
+	return true;
+}
+
+/*
+ * Credit the entries of a batch in the bound table.  Returns how many found no
+ * row of their own, and their numbers in ascending order.
+ */
+int
+payoutq_credit_bound(const Binding *binding, const Claim *claim, int32 **missing)
+{
+	static BoundPlan cache;
+	Oid			argtypes[] = {TEXTARRAYOID, INT8ARRAYOID};
+	Datum		values[2];
+	EngineState state;
+	SPIPlanPtr	plan;
+	int			rc;
+
+	read_entries(claim, &values[0], &values[1]);
+
+	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
+	become_owner(binding);
+	plan = bound_plan(&cache, binding,
+					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
+					  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
+					  " WHERE a.%2$s = e.user_id::%4$s"
+					  " RETURNING e.n", 2, argtypes);
+	rc = SPI_execute_plan(plan, values, NULL, false, 0);
+	SetUserIdAndSecContext(state.user_id, state.sec_context);
+
+	if (rc != SPI_OK_UPDATE_RETURNING)
+		elog(ERROR, "unexpected result of a credit: %s", SPI_result_code_string(rc));
+	return find_missing(claim, missing);
+}
+
+static void
+read_entries(const Claim *claim, Datum *users, Datum *amounts)
+{
+	static EngineStatement entries = {
+		"SELECT array_agg(user_id ORDER BY seq), array_agg(amount ORDER BY seq), count(*)"
+		"  FROM payoutq.entry WHERE job_id = $1 AND seq BETWEEN $2 AND $3",
+		3, {INT8OID, INT4OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+	Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
+	bool		isnull;
+
+	(void) payoutq_execute(&entries, values, NULL, SPI_OK_SELECT);
+	*users = payoutq_result(0, 1, &isnull);
+	*amounts = payoutq_result(0, 2, &isnull);
+	if (payoutq_result_int64(0, 3) != claim->last_seq - claim->first_seq + 1)
+		elog(ERROR, "entries of batch %d of job " INT64_FORMAT " are missing",
+			 claim->batch_no, claim->job_id);
+}
+
+/* What the credit returned are the ordinals of the entries that were paid. */
+static int
+find_missing(const Claim *claim, int32 **missing)
+{
+	int			entries = claim->last_seq - claim->first_seq + 1;
+	bool	   *paid;
+	int			count = 0;
+
+	if (SPI_processed == entries)
+		return 0;
+
+	paid = palloc0(entries * sizeof(bool));
+	for (uint64 i = 0; i < SPI_processed; i++)
+		paid[payoutq_result_int64(i, 1) - 1] = true;
+
+	*missing = palloc(entries * sizeof(int32));
+	for (int i = 0; i < entries; i++)
+		if (!paid[i])
+			(*missing)[count++] = claim->first_seq + i;
+	return count;
+}
+
+/* False: no such row, or its balance is too low. */
+bool
+payoutq_change_bound(const Binding *binding, const char *key, int64 amount)
+{
+	static BoundPlan cache;
+	Oid			argtypes[] = {TEXTOID, INT8OID};
+	Datum		values[] = {CStringGetTextDatum(key), Int64GetDatum(amount)};
+	EngineState state;
+	SPIPlanPtr	plan;
+
+	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
+	become_owner(binding);
+	plan = bound_plan(&cache, binding,
+					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + $2"
+					  " WHERE a.%2$s = $1::%4$s AND coalesce(a.%3$s, 0) + $2 >= 0",
+					  2, argtypes);
+	if (SPI_execute_plan(plan, values, NULL, false, 0) != SPI_OK_UPDATE)
+		elog(ERROR, "unexpected result of a change of balance");
+	SetUserIdAndSecContext(state.user_id, state.sec_context);
+
+	return SPI_processed == 1;
+}
+
+bool
+payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
+{
+	static BoundPlan cache;
+	Oid			argtypes[] = {TEXTOID};
+	Datum		values[] = {CStringGetTextDatum(key)};
+	EngineState state;
+	SPIPlanPtr	plan;
+
+	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
+	become_owner(binding);
+	plan = bound_plan(&cache, binding,
+					  "SELECT coalesce(a.%3$s, 0)::bigint FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
+					  1, argtypes);
+	if (SPI_execute_plan(plan, values, NULL, true, 0) != SPI_OK_SELECT)
+		elog(ERROR, "unexpected result of a reading of a balance");
+	SetUserIdAndSecContext(state.user_id, state.sec_context);
+
+	if (SPI_processed == 0)
+		return false;
+	*balance = payoutq_result_int64(0, 1);
+	return true;
+}
+
+static void
+become_owner(const Binding *binding)
+{
+	Relation	relation = table_open(binding->table, RowExclusiveLock);
+	Oid			owner = relation->rd_rel->relowner;
+	Oid			user_id;
+	int			sec_context;
+
+	if (superuser_arg(owner))
+		check_superuser_table(relation);
+	make_constraints_immediate(relation);
+	table_close(relation, NoLock);
+
+	GetUserIdAndSecContext(&user_id, &sec_context);
+	SetUserIdAndSecContext(owner, sec_context | SECURITY_LOCAL_USERID_CHANGE |
+						   SECURITY_RESTRICTED_OPERATION);
+}
+
+static void
+check_superuser_table(Relation relation)
+{
+	TriggerDesc *triggers = relation->trigdesc;
+
+	for (int i = 0; triggers && i < triggers->numtriggers; i++)
+	{
+		Trigger    *trigger = &triggers->triggers[i];
+		HeapTuple	tuple;
+		Oid			owner;
+
+		if (trigger->tgisinternal)
+			continue;
+		tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(trigger->tgfoid));
+		if (!HeapTupleIsValid(tuple))
+			elog(ERROR, "cache lookup failed for function %u", trigger->tgfoid);
+		owner = ((Form_pg_proc) GETSTRUCT(tuple))->proowner;
+		ReleaseSysCache(tuple);
+
+		if (!superuser_arg(owner))
+			ereport(ERROR,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("trigger \"%s\" of table \"%s\" would run as a superuser",
+							trigger->tgname, RelationGetRelationName(relation)),
+					 errdetail("Balances are changed as the owner of their table, and its function belongs to somebody else."),
+					 errhint("Give the table to a role that is not a superuser.")));
+	}
+}
+
+/*
+ * What is deferred would run at the commit, as nobody's; the server refuses
+ * it in a restricted operation.  So it runs at once, as the owner.
+ */
+static void
+make_constraints_immediate(Relation relation)
+{
+	TriggerDesc *triggers = relation->trigdesc;
+
+	for (int i = 0; triggers && i < triggers->numtriggers; i++)
+	{
+		if (!triggers->triggers[i].tginitdeferred)
+			continue;
+		if (SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0) != SPI_OK_UTILITY)
+			elog(ERROR, "could not make constraints immediate");
+		break;
+	}
+}
+
+static SPIPlanPtr
+bound_plan(BoundPlan *cache, const Binding *binding, const char *format,
+		   int nargs, Oid *argtypes)
+{
+	bool		same = cache->plan != NULL && cache->table == binding->table &&
+		strcmp(NameStr(cache->key_column), binding->key_column) == 0 &&
+		strcmp(NameStr(cache->balance_column), binding->balance_column) == 0;
+
+	if (same && cache->uses++ < PLAN_LIFETIME)
+		return cache->plan;
+
+	if (cache->plan)
+	{
+		SPIPlanPtr	old = cache->plan;
+
+		cache->plan = NULL;
+		SPI_freeplan(old);
+	}
+
+	cache->plan = SPI_prepare_cursor(bound_sql(binding, format), nargs, argtypes,
+									 CURSOR_OPT_GENERIC_PLAN);
+	if (cache->plan == NULL)
+		elog(ERROR, "could not prepare a statement on the bound table: %s",
+			 SPI_result_code_string(SPI_result));
+	SPI_keepplan(cache->plan);
+	cache->table = binding->table;
+	namestrcpy(&cache->key_column, binding->key_column);
+	namestrcpy(&cache->balance_column, binding->balance_column);
+	cache->uses = 0;
+	return cache->plan;
+}
+
+/* %1$s table, %2$s key column, %3$s balance column, %4$s type of the key */
+static char *
+bound_sql(const Binding *binding, const char *format)
+{
+	StringInfoData sql;
+	char	   *values[4];
+
+	values[0] = quote_qualified_identifier(get_namespace_name(get_rel_namespace(binding->table)),
+										   get_rel_name(binding->table));
+	values[1] = pstrdup(quote_identifier(binding->key_column));
+	values[2] = pstrdup(quote_identifier(binding->balance_column));
+	values[3] = binding->key_type;
+
+	initStringInfo(&sql);
+	for (const char *p = format; *p; p++)
+	{
+		if (p[0] == '%' && p[1] >= '1' && p[1] <= '4' && p[2] == '$' && p[3] == 's')
+		{
+			appendStringInfoString(&sql, values[p[1] - '1']);
+			p += 3;
+		}
+		else
+			appendStringInfoChar(&sql, *p);
+	}
+	return sql.data;
+}

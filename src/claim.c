@@ -1,0 +1,285 @@
+/*
+ * claim.c
+ *		Which job is served next, and which of its batches.
+ *
+ * Each process keeps a short list of the jobs that have work: higher priority
+ * first, and among equals one batch each in turn, so that a job of ten million
+ * does not hold up a job of ten.  For each job it remembers the position up to
+ * which it has looked; a claim starts there, and so never walks over the
+ * batches that are done, nor over their dead index entries.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "payoutq.h"
+
+#define MAX_ACTIVE_JOBS		1000
+
+/*
+ * The first batches of a job that a process tries are counted in a transaction
+ * of their own before.  A batch that kills the server is sooner or later the
+ * lowest pending one, and so the first that is tried after the restart.
+ */
+#define CAREFUL_BATCHES		8
+
+/* How long a job is left alone of which all batches are locked by others. */
+#define BUSY_JOB_WAIT_MS	1000
+#define LOCKED_JOB_WAIT_MS	20
+
+static ActiveJob *jobs = NULL;	/* in order of priority DESC, id */
+static int	job_count = 0;
+static int64 last_served = 0;
+
+static void read_job(ActiveJob *job, int row, const char *origin);
+static ActiveJob *old_entry(const ActiveJob *job, int *position);
+static bool claim_from(ActiveJob *job, int32 position, Claim *claim);
+static JobWork nothing_claimed(ActiveJob *job);
+
+void
+payoutq_refresh_jobs(int64 only_job, bool woken)
+{
+	static EngineStatement list = {
+		"SELECT id, priority, status = 'queued', query IS NOT NULL AND total_winners IS NULL,"
+		"       origin, currency"
+		"  FROM payoutq.job"
+		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
+		" ORDER BY priority DESC, id LIMIT $3",
+		3, {TIMESTAMPTZOID, INT8OID, INT4OID}
+	};
+	Datum		values[] = {TimestampTzGetDatum(GetCurrentTimestamp()),
+		Int64GetDatum(only_job), Int32GetDatum(MAX_ACTIVE_JOBS)};
+	ActiveJob  *fresh;
+	int			count;
+	int			old = 0;
+	char	   *origin = payoutq_origin();
+
+	count = payoutq_execute(&list, values, NULL, SPI_OK_SELECT);
+	fresh = MemoryContextAllocZero(TopMemoryContext,
+								   Max(count, 1) * sizeof(ActiveJob));
+	for (int i = 0; i < count; i++)
+	{
+		ActiveJob  *before;
+
+		read_job(&fresh[i], i, origin);
+		before = old_entry(&fresh[i], &old);
+		if (before == NULL)
+			continue;
+		fresh[i].position = before->position;
+		fresh[i].careful = before->careful;
+		if (!woken)
+			fresh[i].idle_until = before->idle_until;
+	}
+
+	if (jobs)
+		pfree(jobs);
+	jobs = fresh;
+	job_count = count;
+}
+
+static void
+read_job(ActiveJob *job, int row, const char *origin)
+{
+	bool		isnull;
+
+	job->id = payoutq_result_int64(row, 1);
+	job->priority = (int32) payoutq_result_int64(row, 2);
+	job->queued = DatumGetBool(payoutq_result(row, 3, &isnull));
+	job->unexpanded = DatumGetBool(payoutq_result(row, 4, &isnull));
+	job->foreign = strcmp(payoutq_result_cstring(row, 5), origin) != 0;
+	strlcpy(job->currency, payoutq_result_cstring(row, 6), NAMEDATALEN);
+	job->careful = CAREFUL_BATCHES;
+}
+
+/* Both lists are in the same order, so one pass finds all. */
+static ActiveJob *
+old_entry(const ActiveJob *job, int *position)
+{
+	for (; *position < job_count; (*position)++)
+	{
+		ActiveJob  *old = &jobs[*position];
+
+		if (old->id == job->id)
+			return old;
+		if (old->priority < job->priority ||
+			(old->priority == job->priority && old->id > job->id))
+			break;
+	}
+	return NULL;
+}
+
+int
+payoutq_active_jobs(void)
+{
+	return job_count;
+}
+
+/* The job whose turn it is, or NULL when all are idle. */
+ActiveJob *
+payoutq_next_job(TimestampTz now)
+{
+	ActiveJob  *next = NULL;
+
+	for (int i = 0; i < job_count; i++)
+	{
+		ActiveJob  *job = &jobs[i];
+
+		if (next && job->priority < next->priority)
+			break;
+		if (job->idle_until > now)
+			continue;
+		if (next == NULL)
+			next = job;
+		if (job->id > last_served)
+		{
+			next = job;
+			break;
+		}
+	}
+
+	if (next)
+		last_served = next->id;
+	return next;
+}
+
+/*
+ * Find something to do for the job.  Takes its lock in Share mode, which holds
+ * off pause and cancel until the end of the transaction.
+ */
+JobWork
+payoutq_claim(ActiveJob *job, Claim *claim)
+{
+	if (job->foreign)
+		return WORK_ADOPT;
+	if (!payoutq_lock_job(job->id, ShareLock, false))
+	{
+		job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+													  LOCKED_JOB_WAIT_MS);
+		return WORK_NONE;
+	}
+	if (job->queued)
+	{
+		payoutq_begin_job(job->id);
+		job->queued = false;
+	}
+	if (job->unexpanded)
+		return WORK_EXPAND;
+
+	if (claim_from(job, job->position, claim))
+		return WORK_BATCH;
+
+	/* Those that were locked or waiting when we passed them. */
+	if (job->position > 0 && claim_from(job, 0, claim))
+		return WORK_BATCH;
+
+	return nothing_claimed(job);
+}
+
+static bool
+claim_from(ActiveJob *job, int32 position, Claim *claim)
+{
+	static EngineStatement next = {
+		"SELECT b.batch_no, b.first_seq, b.last_seq, b.amount, b.attempts, b.crashes"
+		"  FROM payoutq.batch b"
+		" WHERE b.job_id = $1 AND b.batch_no > $2 AND b.status = 'pending' AND b.run_after <= $3"
+		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
+		" ORDER BY b.batch_no LIMIT 1 FOR UPDATE OF b SKIP LOCKED",
+		3, {INT8OID, INT4OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(job->id), Int32GetDatum(position),
+		TimestampTzGetDatum(GetCurrentTimestamp())};
+
+	job->position = position;
+	if (payoutq_execute(&next, values, NULL, SPI_OK_SELECT) == 0)
+		return false;
+
+	claim->job_id = job->id;
+	claim->batch_no = (int32) payoutq_result_int64(0, 1);
+	claim->first_seq = (int32) payoutq_result_int64(0, 2);
+	claim->last_seq = (int32) payoutq_result_int64(0, 3);
+	claim->amount = payoutq_result_int64(0, 4);
+	claim->attempts = (int32) payoutq_result_int64(0, 5);
+	claim->crashes = (int32) payoutq_result_int64(0, 6);
+	claim->currency = job->currency;
+	job->position = claim->batch_no;
+	return true;
+}
+
+/* Either all batches have ended, or some wait: until when? */
+static JobWork
+nothing_claimed(ActiveJob *job)
+{
+	static EngineStatement due = {
+		"SELECT min(run_after) FROM payoutq.batch WHERE job_id = $1 AND status = 'pending'",
+		1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(job->id)};
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz run_after;
+	bool		isnull;
+
+	(void) payoutq_execute(&due, values, NULL, SPI_OK_SELECT);
+	run_after = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
+	if (isnull)
+	{
+		job->idle_until = TimestampTzPlusMilliseconds(now, BUSY_JOB_WAIT_MS);
+		return WORK_FINISH;
+	}
+
+	/* Due, and yet not claimed: another process is at it. */
+	if (run_after <= now)
+		run_after = TimestampTzPlusMilliseconds(now, BUSY_JOB_WAIT_MS);
+	job->idle_until = run_after;
+	return WORK_NONE;
+}
+
+/* Lock the batch again that was claimed in an earlier transaction. */
+bool
+payoutq_reclaim(const Claim *claim)
+{
+	static EngineStatement again = {
+		"SELECT FROM payoutq.batch b"
+		" WHERE b.job_id = $1 AND b.batch_no = $2 AND b.status = 'pending'"
+		"   AND b.first_seq = $3 AND b.last_seq = $4"
+		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
+		" FOR UPDATE OF b SKIP LOCKED",
+		4, {INT8OID, INT4OID, INT4OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->batch_no), Int32GetDatum(claim->first_seq),
+	Int32GetDatum(claim->last_seq)};
+
+	return payoutq_lock_job(claim->job_id, ShareLock, false) &&
+		payoutq_execute(&again, values, NULL, SPI_OK_SELECT) == 1;
+}
+
+/* When the next of the waiting jobs wants to be looked at; 0: none waits. */
+TimestampTz
+payoutq_next_due(TimestampTz now)
+{
+	static EngineStatement future = {
+		"SELECT min(run_at) FROM payoutq.job WHERE status IN ('queued', 'running') AND run_at > $1",
+		1, {TIMESTAMPTZOID}
+	};
+	Datum		values[] = {TimestampTzGetDatum(now)};
+	bool		isnull;
+	TimestampTz due;
+
+	(void) payoutq_execute(&future, values, NULL, SPI_OK_SELECT);
+	due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
+	if (isnull)
+		due = 0;
+
+	for (int i = 0; i < job_count; i++)
+	{
+		TimestampTz until = Max(jobs[i].idle_until, now);
+
+		if (due == 0 || until < due)
+			due = until;
+	}
+	return due;
+}

@@ -1,0 +1,69 @@
+/*
+ * compat.h
+ *		All differences between the supported server versions (15 to 18).
+ */
+#ifndef PAYOUTQ_COMPAT_H
+#define PAYOUTQ_COMPAT_H
+
+#include "postgres.h"
+
+#include "catalog/pg_database.h"
+#include "executor/executor.h"
+#include "miscadmin.h"
+#include "storage/proc.h"
+#include "utils/acl.h"
+#include "utils/wait_event.h"
+
+#if PG_VERSION_NUM < 150000
+#error "payoutq needs PostgreSQL 15 or later"
+#endif
+
+/* A small number that no other live backend has. */
+#if PG_VERSION_NUM >= 170000
+#define MyBackendNumber()	((int) MyProcNumber)
+#else
+#define MyBackendNumber()	((int) MyBackendId)
+#endif
+
+/* The index of this process in ProcGlobal->allProcs. */
+#if PG_VERSION_NUM >= 170000
+#define MyProcIndex()		((int) MyProcNumber)
+#else
+#define MyProcIndex()		(MyProc->pgprocno)
+#endif
+
+/* Wait events have names of their own since PostgreSQL 17. */
+static inline uint32
+payoutq_wait_event(uint32 *cache, const char *name)
+{
+#if PG_VERSION_NUM >= 170000
+	if (*cache == 0)
+		*cache = WaitEventExtensionNew(name);
+	return *cache;
+#else
+	return PG_WAIT_EXTENSION;
+#endif
+}
+
+static inline void
+payoutq_insert_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot,
+							EState *estate)
+{
+#if PG_VERSION_NUM >= 160000
+	ExecInsertIndexTuples(rri, slot, estate, false, false, NULL, NIL, false);
+#else
+	ExecInsertIndexTuples(rri, slot, estate, false, false, NULL, NIL);
+#endif
+}
+
+static inline bool
+payoutq_owns_database(Oid database)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_ownercheck(DatabaseRelationId, database, GetUserId());
+#else
+	return pg_database_ownercheck(database, GetUserId());
+#endif
+}
+
+#endif							/* PAYOUTQ_COMPAT_H */

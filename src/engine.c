@@ -1,0 +1,305 @@
+/*
+ * engine.c
+ *		The rights, the settings and the statements with which the extension
+ *		does its own work, whoever called it.
+ *
+ * A worker is a superuser and sets everything once.  In a session of a user,
+ * payoutq_engine_enter() changes to the owner of the storage tables and pins
+ * what a caller could have set against us; payoutq_engine_leave() puts it back,
+ * and so does the end of the (sub)transaction after an error.
+ *
+ * Heavyweight locks, in the order in which they are taken:
+ *
+ *	extension	AccessShare in each transaction of the engine, so that DROP
+ *				EXTENSION waits for it and not the other way round.
+ *	job			Share by whoever pays one of its batches, Exclusive by whoever
+ *				changes its state: once pause or cancel return, no batch of the
+ *				job is being paid and none will be.
+ *	account		Exclusive by whoever takes money from a system account, whose
+ *				balance is derived and so has no row to lock.
+ *	rows		the batch, then accounts in order of user_id, then progress.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_class.h"
+#include "catalog/pg_extension.h"
+#include "commands/extension.h"
+#include "common/hashfn.h"
+#include "miscadmin.h"
+#include "storage/lmgr.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+
+#include "payoutq.h"
+
+/* Advisory locks of applications have 1 or 2 in the fourth field. */
+#define LOCK_SPACE_JOB		0x7071
+#define LOCK_SPACE_ACCOUNT	0x7072
+
+static Oid	storage_owner(void);
+static void set_engine_settings(GucAction action);
+
+PG_FUNCTION_INFO_V1(payoutq_lock_job_sql);
+PG_FUNCTION_INFO_V1(payoutq_origin_sql);
+
+void
+payoutq_engine_enter(EngineState *state)
+{
+	GetUserIdAndSecContext(&state->user_id, &state->sec_context);
+	state->guc_level = NewGUCNestLevel();
+
+	if (payoutq_is_worker)
+		return;
+
+	SetUserIdAndSecContext(storage_owner(),
+						   state->sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	set_engine_settings(GUC_ACTION_SAVE);
+}
+
+void
+payoutq_engine_leave(EngineState *state)
+{
+	AtEOXact_GUC(true, state->guc_level);
+	SetUserIdAndSecContext(state->user_id, state->sec_context);
+}
+
+/*
+ * A turn of the engine: SPI connected, in the caller's transaction, and what is
+ * allocated lives until the caller resets the context, through all commits.
+ */
+void
+payoutq_turn_begin(EngineState *state, MemoryContext context)
+{
+	state->context = context;
+	if (payoutq_is_worker)
+	{
+		PushActiveSnapshot(GetTransactionSnapshot());
+		SPI_connect();
+	}
+	else
+		SPI_connect_ext(SPI_OPT_NONATOMIC);
+	MemoryContextSwitchTo(context);
+	payoutq_engine_enter(state);
+}
+
+/*
+ * Commit, and go on in a new transaction.  SPI_commit() needs the portal of a
+ * CALL, which a worker has not.
+ */
+void
+payoutq_turn_commit(EngineState *state)
+{
+	payoutq_engine_leave(state);
+	if (payoutq_is_worker)
+	{
+		SPI_finish();
+		PopActiveSnapshot();
+		CommitTransactionCommand();
+		StartTransactionCommand();
+		PushActiveSnapshot(GetTransactionSnapshot());
+		SPI_connect();
+	}
+	else
+		SPI_commit();
+	MemoryContextSwitchTo(state->context);
+	payoutq_engine_enter(state);
+}
+
+/* Commit, and leave the caller in a new transaction. */
+void
+payoutq_turn_end(EngineState *state)
+{
+	payoutq_turn_commit(state);
+	payoutq_engine_leave(state);
+	SPI_finish();
+	if (payoutq_is_worker)
+		PopActiveSnapshot();
+	MemoryContextSwitchTo(state->context);
+}
+
+/* For a worker: once, and again when the configuration was read again. */
+void
+payoutq_engine_settings_for_process(void)
+{
+	set_engine_settings(GUC_ACTION_SET);
+}
+
+static void
+set_setting(const char *name, const char *value, GucAction action)
+{
+	(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION, action,
+							 true, ERROR, false);
+}
+
+/* Until the engine is left, or the (sub)transaction ends. */
+void
+payoutq_set_local(const char *name, const char *value)
+{
+	set_setting(name, value, GUC_ACTION_SAVE);
+}
+
+/*
+ * Plans must not depend on statistics: a table that was just loaded and never
+ * analysed must be paid as fast as any other.  Each of our statements has one
+ * good plan, a nested loop over indexes, and these settings leave no other.
+ */
+static void
+set_engine_settings(GucAction action)
+{
+	char		timeout[32];
+
+	set_setting("search_path", "pg_catalog, pg_temp", action);
+	set_setting("enable_hashjoin", "off", action);
+	set_setting("enable_mergejoin", "off", action);
+	set_setting("enable_seqscan", "off", action);
+	set_setting("enable_bitmapscan", "off", action);
+	set_setting("enable_material", "off", action);
+	set_setting("jit", "off", action);
+
+	snprintf(timeout, sizeof(timeout), "%d", payoutq_lock_timeout);
+	set_setting("lock_timeout", timeout, action);
+
+	/* Money is durable when its transaction has committed. */
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+		set_setting("synchronous_commit", "on", action);
+}
+
+static Oid
+storage_owner(void)
+{
+	Oid			relid = get_relname_relid("job", get_namespace_oid("payoutq", true));
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"payoutq\" does not exist in this database"),
+				 errhint("Run CREATE EXTENSION payoutq.")));
+
+	owner = ((Form_pg_class) GETSTRUCT(tuple))->relowner;
+	ReleaseSysCache(tuple);
+	return owner;
+}
+
+/*
+ * Run one of our statements; its plan is made once a process and kept.
+ * Returns the number of rows processed.
+ */
+uint64
+payoutq_execute(EngineStatement *statement, Datum *values, const char *nulls,
+				int expected)
+{
+	int			rc;
+
+	if (statement->plan == NULL)
+	{
+		SPIPlanPtr	plan = SPI_prepare_cursor(statement->sql, statement->nargs,
+											  statement->argtypes,
+											  CURSOR_OPT_GENERIC_PLAN);
+
+		if (plan == NULL)
+			elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
+				 SPI_result_code_string(SPI_result));
+		SPI_keepplan(plan);
+		statement->plan = plan;
+	}
+
+	rc = SPI_execute_plan(statement->plan, values, nulls, false, 0);
+	if (rc != expected)
+		elog(ERROR, "unexpected result of \"%s\": %s", statement->sql,
+			 SPI_result_code_string(rc));
+	return SPI_processed;
+}
+
+Datum
+payoutq_result(int row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
+						 column, isnull);
+}
+
+/* 0 for null */
+int64
+payoutq_result_int64(int row, int column)
+{
+	bool		isnull;
+	Datum		value = payoutq_result(row, column, &isnull);
+
+	if (isnull)
+		return 0;
+	return SPI_gettypeid(SPI_tuptable->tupdesc, column) == INT4OID ?
+		DatumGetInt32(value) : DatumGetInt64(value);
+}
+
+char *
+payoutq_result_cstring(int row, int column)
+{
+	return SPI_getvalue(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column);
+}
+
+/*
+ * Hold off DROP EXTENSION until the end of the transaction.  Returns false
+ * when the extension is not there, or was dropped while we waited.
+ */
+bool
+payoutq_lock_extension(void)
+{
+	Oid			extension = get_extension_oid("payoutq", true);
+
+	if (!OidIsValid(extension))
+		return false;
+	LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
+	return get_extension_oid("payoutq", true) == extension;
+}
+
+bool
+payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (job_id >> 32),
+						 (uint32) job_id, LOCK_SPACE_JOB);
+	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+void
+payoutq_lock_account(const char *account, const char *currency)
+{
+	LOCKTAG		tag;
+	uint32		a = hash_bytes((const unsigned char *) account, strlen(account));
+	uint32		c = hash_bytes((const unsigned char *) currency, strlen(currency));
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, a, c, LOCK_SPACE_ACCOUNT);
+	(void) LockAcquire(&tag, ExclusiveLock, false, false);
+}
+
+/*
+ * Where a job was created.  A row that says otherwise came in with a restore,
+ * and is not paid before the books that came with it balance.
+ */
+char *
+payoutq_origin(void)
+{
+	return psprintf(UINT64_FORMAT "/%u/%u", GetSystemIdentifier(),
+					MyDatabaseId, get_extension_oid("payoutq", true));
+}
+
+Datum
+payoutq_lock_job_sql(PG_FUNCTION_ARGS)
+{
+	(void) payoutq_lock_job(PG_GETARG_INT64(0), ExclusiveLock, true);
+	PG_RETURN_VOID();
+}
+
+Datum
+payoutq_origin_sql(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_TEXT_P(cstring_to_text(payoutq_origin()));
+}

@@ -1,0 +1,326 @@
+/*
+ * expand.c
+ *		Run the query of a payout_create_job_from() and write its entries.
+ *
+ * The query is run by the worker, as the role that created the job and with the
+ * search_path that role had, in a security-restricted operation; for a
+ * superuser, as the predefined role pg_read_all_data.  It sees the database as
+ * it is at that moment, in one snapshot, and its answer is read in slices and
+ * written in one transaction: all of it, or nothing and another try.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/plancache.h"
+#include "utils/timestamp.h"
+
+#include "payoutq.h"
+
+#define SLICE	10000
+
+typedef struct Expansion
+{
+	int64		job_id;
+	char	   *query;
+	char	   *search_path;
+	char	   *created_by;
+	char	   *currency;
+	char	   *source_account;
+	int32		batch_size;
+	int64		fee;
+	bool		has_pool;
+	int64		total_pool;
+	int32		attempts;
+
+	/* the answer */
+	int64		entries;
+	int64		total;
+	int32		batches;
+} Expansion;
+
+static char *wrap_query(const char *query);
+static bool load(Expansion *e);
+static ErrorData *expand(Expansion *e);
+static void read_answer(Expansion *e);
+static void become_creator(const Expansion *e);
+static void write_slice(Expansion *e, EntryWriter *writer, StringInfo previous);
+static void complete(const Expansion *e);
+static void try_again_later(const Expansion *e);
+
+/* What payout_create_job_from() can already say, with the caller's rights. */
+void
+payoutq_check_query(const char *query)
+{
+	SPIPlanPtr	plan;
+	List	   *sources;
+	TupleDesc	desc;
+	Oid			type;
+
+	SPI_connect();
+	plan = SPI_prepare(wrap_query(query), 0, NULL);
+	if (plan == NULL)
+		elog(ERROR, "could not prepare the query: %s", SPI_result_code_string(SPI_result));
+	sources = SPI_plan_get_plan_sources(plan);
+	if (list_length(sources) != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("query must be a single SELECT")));
+
+	desc = ((CachedPlanSource *) linitial(sources))->resultDesc;
+	type = TupleDescAttr(desc, 1)->atttypid;
+	if (type != INT8OID && type != INT4OID && type != INT2OID)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("column \"amount\" of the query must be of type bigint, not %s",
+						format_type_be(type)),
+				 errhint("Cast it to bigint, in minor units.")));
+	SPI_finish();
+}
+
+/* COLLATE "C" is the order in which entries are numbered. */
+static char *
+wrap_query(const char *query)
+{
+	int			length = strlen(query);
+
+	while (length > 0 && (query[length - 1] == ';' || isspace((unsigned char) query[length - 1])))
+		length--;
+	return psprintf("SELECT q.user_id::pg_catalog.text, q.amount FROM (\n%.*s\n) AS q"
+					" ORDER BY q.user_id::pg_catalog.text COLLATE pg_catalog.\"C\"",
+					length, query);
+}
+
+/*
+ * Called in a transaction of its own.  Returns true when the job has its
+ * entries now.  The attempt is counted before, in another transaction, so that
+ * a query that kills the server is not run for ever.
+ */
+bool
+payoutq_expand_job(int64 job_id, EngineState *state)
+{
+	Expansion	e = {.job_id = job_id};
+	ErrorData  *error;
+
+	/* One at a time in a database: the other workers pay meanwhile. */
+	if (!payoutq_lock_job(0, ExclusiveLock, false) || !load(&e))
+		return false;
+	if (e.attempts > payoutq_max_attempts)
+	{
+		payoutq_fail_job(job_id, ERRCODE_CRASH_SHUTDOWN,
+						 psprintf("its query was tried %d times", e.attempts - 1));
+		return false;
+	}
+	payoutq_turn_commit(state);
+
+	if (!payoutq_lock_extension() || !payoutq_lock_job(0, ExclusiveLock, false) ||
+		!payoutq_lock_job(job_id, ExclusiveLock, false))
+		return false;
+	error = expand(&e);
+	if (error)
+	{
+		payoutq_worker_error(error->message);
+		if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT)
+			try_again_later(&e);
+		else
+			payoutq_fail_job(job_id, error->sqlerrcode, error->message);
+	}
+	return error == NULL;
+}
+
+static bool
+load(Expansion *e)
+{
+	static EngineStatement begin = {
+		"UPDATE payoutq.job SET attempts = attempts + 1"
+		" WHERE id = $1 AND status = 'running' AND total_winners IS NULL"
+		" RETURNING query, search_path, created_by, currency, source_account, batch_size,"
+		"           platform_fee, total_pool, attempts",
+		1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(e->job_id)};
+	bool		isnull;
+
+	if (payoutq_execute(&begin, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
+		return false;
+	e->query = payoutq_result_cstring(0, 1);
+	e->search_path = payoutq_result_cstring(0, 2);
+	e->created_by = payoutq_result_cstring(0, 3);
+	e->currency = payoutq_result_cstring(0, 4);
+	e->source_account = payoutq_result_cstring(0, 5);
+	e->batch_size = (int32) payoutq_result_int64(0, 6);
+	e->fee = payoutq_result_int64(0, 7);
+	(void) payoutq_result(0, 8, &isnull);
+	e->has_pool = !isnull;
+	e->total_pool = payoutq_result_int64(0, 8);
+	e->attempts = (int32) payoutq_result_int64(0, 9);
+	return true;
+}
+
+static ErrorData *
+expand(Expansion *e)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		read_answer(e);
+		payoutq_fund_job(e->job_id, e->source_account, e->currency,
+						 payoutq_needed_amount(e->total, e->fee, e->has_pool, e->total_pool));
+		complete(e);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		error = payoutq_catch(context, owner);
+	}
+	PG_END_TRY();
+	return error;
+}
+
+static void
+read_answer(Expansion *e)
+{
+	EntryWriter *writer;
+	StringInfoData previous;
+	EngineState ours;
+	int			level = NewGUCNestLevel();
+	SPIPlanPtr	plan;
+	Portal		portal;
+
+	initStringInfo(&previous);
+	writer = payoutq_entries_begin(e->job_id, e->batch_size);
+
+	GetUserIdAndSecContext(&ours.user_id, &ours.sec_context);
+	become_creator(e);
+	plan = SPI_prepare(wrap_query(e->query), 0, NULL);
+	if (plan == NULL)
+		elog(ERROR, "could not prepare the query: %s", SPI_result_code_string(SPI_result));
+	portal = SPI_cursor_open(NULL, plan, NULL, NULL, false);
+	for (;;)
+	{
+		SPI_cursor_fetch(portal, true, SLICE);
+		if (SPI_processed == 0)
+			break;
+		write_slice(e, writer, &previous);
+		SPI_freetuptable(SPI_tuptable);
+	}
+	SPI_cursor_close(portal);
+	SetUserIdAndSecContext(ours.user_id, ours.sec_context);
+	AtEOXact_GUC(true, level);
+
+	if (e->entries == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("a job needs at least one winner"),
+				 errdetail("The query returned no row.")));
+	e->batches = payoutq_entries_end(writer, GetCurrentTimestamp());
+}
+
+/* His settings are pinned no more than his session's would be. */
+static void
+become_creator(const Expansion *e)
+{
+	static const char *const plans[] = {"enable_hashjoin", "enable_mergejoin", "enable_seqscan",
+	"enable_bitmapscan", "enable_material"};
+	Oid			role = get_role_oid(e->created_by, true);
+
+	if (!OidIsValid(role))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("role \"%s\", which created the job, does not exist", e->created_by)));
+	for (int i = 0; i < lengthof(plans); i++)
+		payoutq_set_local(plans[i], "on");
+	payoutq_set_local("search_path", e->search_path);
+
+	if (superuser_arg(role))
+	{
+		/* Rows that a policy would hide are an error, not a smaller payout. */
+		payoutq_set_local("row_security", "off");
+		role = ROLE_PG_READ_ALL_DATA;
+	}
+	SetUserIdAndSecContext(role, SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
+}
+
+static void
+write_slice(Expansion *e, EntryWriter *writer, StringInfo previous)
+{
+	TupleDesc	desc = SPI_tuptable->tupdesc;
+	Oid			type = TupleDescAttr(desc, 1)->atttypid;
+
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		bool		no_user;
+		bool		no_amount;
+		Datum		user = SPI_getbinval(SPI_tuptable->vals[i], desc, 1, &no_user);
+		Datum		value = SPI_getbinval(SPI_tuptable->vals[i], desc, 2, &no_amount);
+		text	   *user_id;
+		char	   *data;
+		int			length;
+		int64		amount;
+
+		e->entries++;
+		if (no_user || no_amount)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("\"%s\" must not be null", no_user ? "user_id" : "amount")));
+		user_id = DatumGetTextPP(user);
+		data = VARDATA_ANY(user_id);
+		length = VARSIZE_ANY_EXHDR(user_id);
+		amount = type == INT8OID ? DatumGetInt64(value) :
+			type == INT4OID ? DatumGetInt32(value) : DatumGetInt16(value);
+
+		payoutq_check_user_id(data, length, e->entries);
+		if (e->entries > 1 &&
+			payoutq_compare_users(data, length, previous->data, previous->len) == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_UNIQUE_VIOLATION),
+					 errmsg("user \"%s\" is in the job twice", previous->data)));
+		e->total = payoutq_add_amount(e->total, amount, e->entries);
+		payoutq_entries_add(writer, data, length, amount);
+
+		resetStringInfo(previous);
+		appendBinaryStringInfo(previous, data, length);
+	}
+}
+
+static void
+complete(const Expansion *e)
+{
+	static EngineStatement update = {
+		"UPDATE payoutq.job SET amount = $2, total_winners = $3, batches = $4,"
+		"       total_pool = coalesce(total_pool, $2 + platform_fee)"
+		" WHERE id = $1 AND total_winners IS NULL",
+		4, {INT8OID, INT8OID, INT4OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(e->job_id), Int64GetDatum(e->total),
+		Int32GetDatum((int32) e->entries), Int32GetDatum(e->batches)};
+
+	if (payoutq_execute(&update, values, NULL, SPI_OK_UPDATE) != 1)
+		elog(ERROR, "job " INT64_FORMAT " has its entries already", e->job_id);
+}
+
+static void
+try_again_later(const Expansion *e)
+{
+	static EngineStatement wait = {
+		"UPDATE payoutq.job SET run_at = $2 WHERE id = $1",
+		2, {INT8OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(e->job_id),
+		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), e->attempts))};
+
+	(void) payoutq_execute(&wait, values, NULL, SPI_OK_UPDATE);
+}

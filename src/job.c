@@ -1,0 +1,166 @@
+/*
+ * job.c
+ *		The states of a job that the engine changes.
+ *
+ *		queued --> running --> completed
+ *		  |  ^        |  ^         |
+ *		  v  |        v  |         | payout_retry_job(): failed entries again
+ *		 paused      failed <------+
+ *
+ * Functions for operators (pause, resume, cancel, retry, trigger) are in SQL;
+ * they hold the job's lock in Exclusive mode, as everything here does but
+ * payoutq_begin_job().
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "payoutq.h"
+
+static void announce(int64 job_id, const char *event);
+static void post_fee(int64 job_id, int64 fee, const char *currency);
+
+/*
+ * Under the job's lock in Share mode: two workers may begin a job at once, and
+ * the row decides.
+ */
+void
+payoutq_begin_job(int64 job_id)
+{
+	static EngineStatement begin = {
+		"UPDATE payoutq.job SET status = 'running', started_at = coalesce(started_at, $2)"
+		" WHERE id = $1 AND status = 'queued'",
+		2, {INT8OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
+
+	if (payoutq_execute(&begin, values, NULL, SPI_OK_UPDATE) == 1)
+		announce(job_id, "started");
+}
+
+/* Complete the job if no batch of it is pending.  Returns true if it did. */
+bool
+payoutq_finish_job(int64 job_id)
+{
+	static EngineStatement finish = {
+		"UPDATE payoutq.job j SET status = 'completed', completed_at = $2"
+		" WHERE j.id = $1 AND j.status = 'running' AND j.total_winners IS NOT NULL"
+		"   AND NOT EXISTS (SELECT FROM payoutq.batch b WHERE b.job_id = j.id AND b.status = 'pending')"
+		" RETURNING platform_fee, currency, total_winners::bigint ="
+		"   (SELECT sum(completed + failed) FROM payoutq.progress p WHERE p.job_id = j.id)",
+		2, {INT8OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
+	bool		isnull;
+
+	if (!payoutq_lock_job(job_id, ExclusiveLock, false))
+		return false;
+	if (payoutq_execute(&finish, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
+		return false;
+	if (!DatumGetBool(payoutq_result(0, 3, &isnull)) || isnull)
+		elog(ERROR, "counters of job " INT64_FORMAT " do not add up to its entries", job_id);
+
+	post_fee(job_id, payoutq_result_int64(0, 1), payoutq_result_cstring(0, 2));
+	announce(job_id, "completed");
+	return true;
+}
+
+static void
+post_fee(int64 job_id, int64 fee, const char *currency)
+{
+	static EngineStatement post = {
+		"INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id)"
+		" VALUES ('fee', '@job:' || $1, '@platform', $2, $3, $1)"
+		" ON CONFLICT (job_id) WHERE kind = 'fee' DO NOTHING",
+		3, {INT8OID, TEXTOID, INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(currency), Int64GetDatum(fee)};
+
+	if (fee > 0)
+		(void) payoutq_execute(&post, values, NULL, SPI_OK_INSERT);
+}
+
+/* The job itself cannot run: stop it with the error, nothing else touched. */
+void
+payoutq_fail_job(int64 job_id, int sqlstate, const char *message)
+{
+	static EngineStatement fail = {
+		"UPDATE payoutq.job SET status = 'failed', completed_at = $4, error_code = $2, error = $3"
+		" WHERE id = $1 AND status IN ('queued', 'running')",
+		4, {INT8OID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id),
+		CStringGetTextDatum(unpack_sql_state(sqlstate)),
+		CStringGetTextDatum(message),
+	TimestampTzGetDatum(GetCurrentTimestamp())};
+
+	(void) payoutq_lock_job(job_id, ExclusiveLock, true);
+	if (payoutq_execute(&fail, values, NULL, SPI_OK_UPDATE) == 0)
+		return;
+
+	ereport(WARNING,
+			(errcode(sqlstate),
+			 errmsg("job " INT64_FORMAT " has failed: %s", job_id, message),
+			 errhint("Mend the cause, then call payout_retry_job().")));
+	announce(job_id, "failed");
+}
+
+/*
+ * Jobs that came in with a restore go on when all that belongs to them is
+ * there, which is when the books balance.
+ */
+bool
+payoutq_adopt_jobs(void)
+{
+	static EngineStatement adopt = {
+		"UPDATE payoutq.job SET origin = $1"
+		" WHERE origin <> $1 AND status IN ('queued', 'running')"
+		"   AND (SELECT bool_and(ok) FROM payoutq.verify())",
+		1, {TEXTOID}
+	};
+	Datum		values[] = {CStringGetTextDatum(payoutq_origin())};
+	uint64		count = payoutq_execute(&adopt, values, NULL, SPI_OK_UPDATE);
+
+	if (count > 0)
+		ereport(LOG,
+				(errmsg(UINT64_FORMAT " restored payout jobs go on", count)));
+	return count > 0;
+}
+
+void
+payoutq_require_job(int64 job_id)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.job WHERE id = $1", 1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id)};
+	EngineState state;
+	bool		found;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	found = payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 1;
+	payoutq_engine_leave(&state);
+	SPI_finish();
+
+	if (!found)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("job " INT64_FORMAT " does not exist", job_id)));
+}
+
+static void
+announce(int64 job_id, const char *event)
+{
+	static EngineStatement tell = {
+		"SELECT payoutq.announce($1, $2)", 2, {INT8OID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(event)};
+
+	(void) payoutq_execute(&tell, values, NULL, SPI_OK_SELECT);
+}

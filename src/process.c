@@ -1,0 +1,209 @@
+/*
+ * process.c
+ *		The loop over batches, for a worker and for CALL payout_process().
+ *
+ * Both are in a transaction when they come here and when they return.  Each
+ * turn serves one job and commits.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "commands/defrem.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "pgstat.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "payoutq.h"
+
+/* How old the list of jobs may get before it is read again. */
+#define REFRESH_MS		100
+
+/* A batch that was begun so often without an outcome is left alone. */
+#define MAX_CRASHES		3
+
+static MemoryContext turn_context = NULL;
+
+static void refresh(int64 only_job, bool woken);
+static bool serve(ActiveJob *job);
+static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
+
+PG_FUNCTION_INFO_V1(payout_process);
+
+/*
+ * Work until nothing can be claimed, or max_batches were tried.  Returns how
+ * many were.
+ */
+uint64
+payoutq_process(uint64 max_batches, int64 only_job)
+{
+	static TimestampTz refreshed = 0;
+	static uint64 generation = 0;
+	static int64 refreshed_for = -1;
+	MemoryContext caller = CurrentMemoryContext;
+	bool		just_refreshed = false;
+	uint64		batches = 0;
+
+	if (turn_context == NULL)
+		turn_context = AllocSetContextCreate(TopMemoryContext, "payoutq turn",
+											 ALLOCSET_DEFAULT_SIZES);
+	while (batches < max_batches)
+	{
+		uint64		now_generation = payoutq_wake_generation(MyDatabaseId);
+		TimestampTz now = GetCurrentTimestamp();
+		bool		woken = now_generation != generation || !payoutq_is_worker;
+		ActiveJob  *job;
+
+		CHECK_FOR_INTERRUPTS();
+		MemoryContextReset(turn_context);
+
+		job = payoutq_next_job(now);
+		if ((job == NULL && !just_refreshed) ||
+			now_generation != generation || refreshed_for != only_job ||
+			TimestampDifferenceExceeds(refreshed, now, REFRESH_MS))
+		{
+			/* What comes in while we read is seen the next time. */
+			generation = now_generation;
+			refreshed = now;
+			refreshed_for = only_job;
+			refresh(only_job, woken && batches == 0);
+			just_refreshed = true;
+			continue;
+		}
+		if (job == NULL)
+			break;
+		if (serve(job))
+		{
+			batches++;
+			just_refreshed = false;
+		}
+	}
+
+	MemoryContextSwitchTo(caller);
+	return batches;
+}
+
+static void
+refresh(int64 only_job, bool woken)
+{
+	EngineState state;
+
+	payoutq_turn_begin(&state, turn_context);
+	if (!payoutq_lock_extension())
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"payoutq\" does not exist in this database")));
+	payoutq_refresh_jobs(only_job, woken);
+	payoutq_turn_end(&state);
+}
+
+/* One turn for one job.  Returns true if a batch was tried. */
+static bool
+serve(ActiveJob *job)
+{
+	EngineState state;
+	Claim		claim;
+	bool		tried = false;
+
+	payoutq_turn_begin(&state, turn_context);
+	if (!payoutq_lock_extension())
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"payoutq\" does not exist in this database")));
+
+	switch (payoutq_claim(job, &claim))
+	{
+		case WORK_BATCH:
+			payoutq_worker_report(WORKER_WORKING, claim.job_id, claim.batch_no);
+			tried = pay(job, &claim, &state);
+			break;
+		case WORK_EXPAND:
+			/* Let somebody else pay meanwhile. */
+			payoutq_call_for_help(MyDatabaseId);
+			payoutq_turn_commit(&state);
+			job->unexpanded = !payoutq_expand_job(job->id, &state);
+			if (job->unexpanded)
+				job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 1000);
+			break;
+		case WORK_ADOPT:
+			job->foreign = !payoutq_adopt_jobs();
+			if (job->foreign)
+				job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 10000);
+			break;
+		case WORK_FINISH:
+			/* Give the job's Share lock back before its Exclusive one. */
+			payoutq_turn_commit(&state);
+			(void) payoutq_finish_job(job->id);
+			break;
+		case WORK_NONE:
+			break;
+	}
+
+	payoutq_turn_end(&state);
+	return tried;
+}
+
+static bool
+pay(ActiveJob *job, const Claim *claim, EngineState *state)
+{
+	ErrorData  *error = NULL;
+	BatchOutcome outcome;
+
+	if (claim->crashes >= MAX_CRASHES)
+	{
+		payoutq_quarantine_batch(claim);
+		return true;
+	}
+
+	if (job->careful > 0)
+	{
+		payoutq_count_attempt(claim);
+		payoutq_turn_commit(state);
+		if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
+			return false;
+		job->careful--;
+	}
+
+	outcome = payoutq_pay_batch(claim, &error);
+	switch (outcome)
+	{
+		case BATCH_PAID:
+			payoutq_worker_count(claim->last_seq - claim->first_seq + 1);
+			break;
+		case BATCH_NOT_PAID:
+			/* It may have become several, and its own number stays the first. */
+			job->position = Min(job->position, claim->batch_no - 1);
+			break;
+		case BATCH_JOB_FAILED:
+			payoutq_turn_commit(state);
+			payoutq_fail_job(claim->job_id, error->sqlerrcode, error->message);
+			break;
+	}
+	return true;
+}
+
+/* payout_process(max_batches int, job_id bigint) */
+Datum
+payout_process(PG_FUNCTION_ARGS)
+{
+	int32		max_batches = PG_ARGISNULL(0) ? 0 : PG_GETARG_INT32(0);
+	int64		job_id = PG_ARGISNULL(1) ? 0 : PG_GETARG_INT64(1);
+	CallContext *context = (CallContext *) fcinfo->context;
+
+	if (context == NULL || !IsA(context, CallContext) || context->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
+				 errmsg("payout_process() cannot run inside a transaction block"),
+				 errdetail("It commits after each batch."),
+				 errhint("CALL it at the top level, outside a transaction block or function.")));
+	if (!PG_ARGISNULL(0) && max_batches <= 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("max_batches must be greater than zero, not %d", max_batches)));
+	if (!PG_ARGISNULL(1))
+		payoutq_require_job(job_id);
+
+	(void) payoutq_process(max_batches == 0 ? PG_UINT64_MAX : max_batches, job_id);
+	PG_RETURN_VOID();
+}

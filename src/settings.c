@@ -1,0 +1,70 @@
+/*
+ * settings.c
+ *		All settings of the extension.
+ */
+#include "postgres.h"
+
+#include <limits.h>
+
+#include "utils/guc.h"
+
+#include "payoutq.h"
+
+int			payoutq_workers;
+int			payoutq_batch_size;
+int			payoutq_interval;
+char	   *payoutq_databases;
+int			payoutq_max_attempts;
+int			payoutq_retry_base;
+int			payoutq_retry_cap;
+int			payoutq_lock_timeout;
+
+typedef struct IntSetting
+{
+	const char *name;
+	const char *description;
+	int		   *variable;
+	int			value;
+	int			min;
+	int			max;
+	GucContext	context;
+	int			flags;
+} IntSetting;
+
+static const IntSetting settings[] = {
+	{"payoutq.workers", "Sets the number of workers for each database that has work.",
+	&payoutq_workers, 2, 0, PAYOUTQ_MAX_WORKERS, PGC_SIGHUP, 0},
+	{"payoutq.batch_size", "Sets the number of entries that are paid in one transaction, for jobs that do not name one.",
+	&payoutq_batch_size, 500, 1, PAYOUTQ_MAX_BATCH_SIZE, PGC_USERSET, 0},
+	{"payoutq.interval", "Sets the time after which an idle worker looks for work without being woken.",
+	&payoutq_interval, 300, 1, INT_MAX / 1000, PGC_SIGHUP, GUC_UNIT_S},
+	{"payoutq.max_attempts", "Sets the number of attempts after which an entry has failed.",
+	&payoutq_max_attempts, 5, 1, 1000, PGC_SIGHUP, 0},
+	{"payoutq.retry_base", "Sets the time to wait after a first failed attempt; it doubles with each further one.",
+	&payoutq_retry_base, 1000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+	{"payoutq.retry_cap", "Sets the longest time to wait between two attempts.",
+	&payoutq_retry_cap, 900000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+	{"payoutq.lock_timeout", "Sets the time that a batch waits for a lock on an account before it is tried again later.",
+	&payoutq_lock_timeout, 2000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+};
+
+void
+payoutq_define_settings(void)
+{
+	for (int i = 0; i < lengthof(settings); i++)
+	{
+		const IntSetting *s = &settings[i];
+
+		DefineCustomIntVariable(s->name, s->description, NULL, s->variable,
+								s->value, s->min, s->max, s->context,
+								s->flags, NULL, NULL, NULL);
+	}
+
+	DefineCustomStringVariable("payoutq.databases",
+							   "Sets the databases in which workers run, separated by commas.",
+							   "Empty means every database that has the extension.",
+							   &payoutq_databases, "", PGC_SIGHUP,
+							   GUC_LIST_INPUT, NULL, NULL, NULL);
+
+	MarkGUCPrefixReserved("payoutq");
+}

@@ -1,0 +1,314 @@
+/*
+ * shared.c
+ *		Shared memory, and waking workers at commit.
+ *
+ * All of SharedState but the condition variable is guarded by its LWLock, which
+ * is never held over anything slow.  A worker's slot is filled by the launcher,
+ * and from then on changed by the worker only, under the lock in exclusive mode;
+ * its counters are read without it, for views.  Processes are named by their
+ * index in ProcGlobal, never by a pointer.
+ *
+ * Without preload there is none of this: payoutq_shared is NULL, nobody can be
+ * woken, and everything else works.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "commands/dbcommands.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "payoutq.h"
+
+SharedState *payoutq_shared = NULL;
+WorkerSlot *payoutq_my_slot = NULL;
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+
+static bool wake_pending = false;
+static bool announce_pending = false;
+
+static void request_shared_memory(void);
+static void create_shared_memory(void);
+static void register_commit_callback(void);
+static void at_commit(XactEvent event, void *arg);
+static void set_latch_of(int proc);
+
+PG_FUNCTION_INFO_V1(payoutq_wake_sql);
+PG_FUNCTION_INFO_V1(payoutq_worker_slots);
+
+void
+payoutq_shared_init(void)
+{
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shared_memory;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = create_shared_memory;
+}
+
+static void
+request_shared_memory(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+	RequestAddinShmemSpace(MAXALIGN(sizeof(SharedState)));
+	RequestNamedLWLockTranche("payoutq", 1);
+}
+
+static void
+create_shared_memory(void)
+{
+	bool		found;
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	payoutq_shared = ShmemInitStruct("payoutq", sizeof(SharedState), &found);
+	if (!found)
+	{
+		memset(payoutq_shared, 0, sizeof(SharedState));
+		payoutq_shared->lock = &(GetNamedLWLockTranche("payoutq"))->lock;
+		payoutq_shared->launcher_proc = -1;
+		payoutq_shared->rescan = true;
+		ConditionVariableInit(&payoutq_shared->announced);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/* Somebody may have work when this transaction has committed. */
+void
+payoutq_wake_at_commit(void)
+{
+	register_commit_callback();
+	wake_pending = true;
+}
+
+/* Whoever waits for a job shall look again. */
+void
+payoutq_announce_at_commit(void)
+{
+	register_commit_callback();
+	announce_pending = true;
+}
+
+static void
+register_commit_callback(void)
+{
+	static bool registered = false;
+
+	if (!registered)
+		RegisterXactCallback(at_commit, NULL);
+	registered = true;
+}
+
+static void
+at_commit(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_COMMIT:
+			if (wake_pending)
+				payoutq_wake_workers(MyDatabaseId);
+			if (announce_pending && payoutq_shared)
+				ConditionVariableBroadcast(&payoutq_shared->announced);
+			break;
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PREPARE:
+			/* After PREPARE TRANSACTION the interval finds the work. */
+			break;
+		default:
+			return;
+	}
+	wake_pending = announce_pending = false;
+}
+
+static void
+set_latch_of(int proc)
+{
+	if (proc >= 0)
+		SetLatch(&ProcGlobal->allProcs[proc].procLatch);
+}
+
+/* All workers of the database; without one, the launcher starts it. */
+void
+payoutq_wake_workers(Oid database)
+{
+	DatabaseSlot *slot;
+	bool		found = false;
+
+	if (payoutq_shared == NULL)
+		return;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(database, true);
+	if (slot)
+	{
+		/* The launcher has to see whether it is a chosen one. */
+		if (slot->state == DATABASE_UNKNOWN)
+			payoutq_shared->rescan = true;
+		slot->wanted = true;
+		slot->generation++;
+	}
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state == WORKER_FREE || worker->database != database)
+			continue;
+		found = true;
+		if (worker->state != WORKER_STARTING)
+			set_latch_of(worker->proc);
+	}
+	if (!found)
+		set_latch_of(payoutq_shared->launcher_proc);
+	LWLockRelease(payoutq_shared->lock);
+}
+
+void
+payoutq_wake_launcher(void)
+{
+	if (payoutq_shared)
+		set_latch_of(payoutq_shared->launcher_proc);
+}
+
+/* With the lock held, in exclusive mode to create.  NULL: none, or no room. */
+DatabaseSlot *
+payoutq_database_slot(Oid database, bool create)
+{
+	DatabaseSlot *free_slot = NULL;
+
+	for (int i = 0; i < PAYOUTQ_MAX_DATABASES; i++)
+	{
+		DatabaseSlot *slot = &payoutq_shared->databases[i];
+
+		if (slot->state != DATABASE_FREE && slot->database == database)
+			return slot;
+		if (slot->state == DATABASE_FREE && free_slot == NULL)
+			free_slot = slot;
+	}
+	if (!create || free_slot == NULL)
+		return NULL;
+
+	memset(free_slot, 0, sizeof(DatabaseSlot));
+	free_slot->database = database;
+	free_slot->state = DATABASE_UNKNOWN;
+	return free_slot;
+}
+
+uint64
+payoutq_wake_generation(Oid database)
+{
+	DatabaseSlot *slot;
+	uint64		generation = 0;
+
+	if (payoutq_shared == NULL)
+		return 0;
+
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	slot = payoutq_database_slot(database, false);
+	if (slot)
+		generation = slot->generation;
+	LWLockRelease(payoutq_shared->lock);
+	return generation;
+}
+
+/* There is work for more workers than are there. */
+bool
+payoutq_call_for_help(Oid database)
+{
+	DatabaseSlot *slot;
+	bool		asked = false;
+
+	if (payoutq_shared == NULL)
+		return false;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(database, false);
+	if (slot && !slot->help)
+	{
+		slot->help = asked = true;
+		set_latch_of(payoutq_shared->launcher_proc);
+	}
+	LWLockRelease(payoutq_shared->lock);
+	return asked;
+}
+
+void
+payoutq_worker_report(WorkerState state, int64 job_id, int32 batch_no)
+{
+	if (payoutq_my_slot == NULL)
+		return;
+	payoutq_my_slot->state = state;
+	payoutq_my_slot->job_id = job_id;
+	payoutq_my_slot->batch_no = batch_no;
+	payoutq_my_slot->since = GetCurrentTimestamp();
+}
+
+void
+payoutq_worker_count(int64 entries)
+{
+	if (payoutq_my_slot == NULL)
+		return;
+	payoutq_my_slot->batches++;
+	payoutq_my_slot->entries += entries;
+}
+
+void
+payoutq_worker_error(const char *message)
+{
+	if (payoutq_my_slot)
+		strlcpy(payoutq_my_slot->last_error, message, PAYOUTQ_ERROR_LENGTH);
+}
+
+Datum
+payoutq_wake_sql(PG_FUNCTION_ARGS)
+{
+	payoutq_wake_at_commit();
+	payoutq_announce_at_commit();
+	PG_RETURN_VOID();
+}
+
+/* Workers of this database: pid, state, job, batch, since, batches, entries, last_error */
+Datum
+payoutq_worker_slots(PG_FUNCTION_ARGS)
+{
+	static const char *const states[] = {"free", "starting", "idle", "working"};
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	WorkerSlot *copy;
+
+	InitMaterializedSRF(fcinfo, 0);
+	if (payoutq_shared == NULL)
+		return (Datum) 0;
+
+	copy = palloc(sizeof(payoutq_shared->workers));
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	memcpy(copy, payoutq_shared->workers, sizeof(payoutq_shared->workers));
+	LWLockRelease(payoutq_shared->lock);
+
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *w = &copy[i];
+		bool		working = w->state == WORKER_WORKING;
+		Datum		values[] = {Int32GetDatum(w->pid),
+			CStringGetTextDatum(states[w->state]), Int64GetDatum(w->job_id),
+			Int32GetDatum(w->batch_no), TimestampTzGetDatum(w->since),
+			Int64GetDatum(w->batches), Int64GetDatum(w->entries),
+			CStringGetTextDatum(w->last_error)};
+		bool		nulls[] = {w->pid == 0, false, !working, !working, false, false, false,
+		w->last_error[0] == '\0'};
+
+		if (w->state == WORKER_FREE || w->database != MyDatabaseId)
+			continue;
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
+	return (Datum) 0;
+}

@@ -1,0 +1,263 @@
+/*
+ * worker.c
+ *		The background worker of a database: waits, handles signals, reads the
+ *		configuration again.  The work is in process.c.
+ *
+ * One worker of each database is resident: it stays, so that it can be woken
+ * within a millisecond.  The others help while there is more work than one can
+ * do, and leave.  Exit status 0: I am no longer wanted; 1: something went wrong,
+ * and the launcher starts another after a while.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "commands/dbcommands.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/proc.h"
+#include "tcop/tcopprot.h"
+#include "utils/backend_status.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "payoutq.h"
+
+/* Batches between two looks at signals, configuration and statistics. */
+#define BATCHES_PER_ROUND	32
+
+/* After a failure, from a second up to a minute until the next start. */
+#define MAX_BACKOFF_S		60
+
+/* A helper leaves after so long without work. */
+#define HELPER_PATIENCE_MS	5000
+
+/* Without shared memory nobody can wake us. */
+#define UNSUPERVISED_NAP_MS	1000
+
+bool		payoutq_is_worker = false;
+
+static bool unsupervised = false;
+
+static void attach(int slot, TimestampTz started);
+static void detach(int code, Datum arg);
+static void report_database(DatabaseState state);
+static void prepare_session(void);
+static bool extension_exists(void);
+static bool work(long *nap);
+static bool is_superfluous(TimestampTz worked_at);
+static void wait_for_work(long nap);
+
+void
+payoutq_worker_main(Datum arg)
+{
+	int			slot = DatumGetInt32(arg);
+	PayoutqWorkerExtra extra;
+	TimestampTz worked_at;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	payoutq_is_worker = true;
+	unsupervised = slot < 0;
+	memcpy(&extra, MyBgworkerEntry->bgw_extra, sizeof(extra));
+	if (!unsupervised)
+		attach(slot, extra.started);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(extra.database, InvalidOid, 0);
+	prepare_session();
+
+	worked_at = GetCurrentTimestamp();
+	for (;;)
+	{
+		long		nap;
+
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+			payoutq_engine_settings_for_process();
+		}
+
+		if (work(&nap))
+		{
+			worked_at = GetCurrentTimestamp();
+			continue;
+		}
+		if (is_superfluous(worked_at))
+			proc_exit(0);
+		wait_for_work(nap);
+	}
+}
+
+/* The launcher has filled the slot; make it ours, and free it at exit. */
+static void
+attach(int slot, TimestampTz started)
+{
+	WorkerSlot *worker;
+
+	if (payoutq_shared == NULL)
+		proc_exit(1);
+
+	worker = &payoutq_shared->workers[slot];
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	if (worker->state == WORKER_STARTING && worker->since == started)
+	{
+		worker->pid = MyProcPid;
+		worker->proc = MyProcIndex();
+		worker->state = WORKER_IDLE;
+		worker->since = GetCurrentTimestamp();
+		payoutq_my_slot = worker;
+	}
+	LWLockRelease(payoutq_shared->lock);
+
+	/* Too late: the launcher has given the slot to another. */
+	if (payoutq_my_slot == NULL)
+		proc_exit(0);
+	before_shmem_exit(detach, (Datum) 0);
+}
+
+static void
+detach(int code, Datum arg)
+{
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	if (code != 0)
+	{
+		DatabaseSlot *database = payoutq_database_slot(payoutq_my_slot->database, false);
+
+		if (database)
+		{
+			int			seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
+
+			database->failures++;
+			database->start_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+																seconds * INT64CONST(1000));
+		}
+	}
+	memset(payoutq_my_slot, 0, sizeof(WorkerSlot));
+	payoutq_my_slot = NULL;
+	payoutq_wake_launcher();
+	LWLockRelease(payoutq_shared->lock);
+}
+
+/* Tell the launcher what it could not see from outside. */
+static void
+report_database(DatabaseState state)
+{
+	DatabaseSlot *database;
+
+	if (payoutq_my_slot == NULL)
+		return;
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database = payoutq_database_slot(MyDatabaseId, false);
+	if (database && database->state != DATABASE_STOPPED)
+	{
+		database->state = state;
+		database->failures = 0;
+	}
+	LWLockRelease(payoutq_shared->lock);
+}
+
+static void
+prepare_session(void)
+{
+	char		name[64];
+
+	snprintf(name, sizeof(name), "payoutq worker%s",
+			 unsupervised ? " (unsupervised)" :
+			 payoutq_my_slot->resident ? "" : " (helper)");
+	pgstat_report_appname(name);
+	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("statement_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
+	payoutq_engine_settings_for_process();
+}
+
+/*
+ * One round, in one go of transactions.  Returns true if there may be more to
+ * do; else the time until which nothing is due, in milliseconds.
+ */
+static bool
+work(long *nap)
+{
+	static bool known = false;
+	uint64		batches;
+	TimestampTz now;
+	TimestampTz due;
+
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	pgstat_report_activity(STATE_RUNNING, "payoutq: paying");
+	if (!extension_exists())
+	{
+		AbortCurrentTransaction();
+		report_database(DATABASE_WITHOUT);
+		proc_exit(0);
+	}
+	if (!known)
+		report_database(DATABASE_ACTIVE);
+	known = true;
+
+	batches = payoutq_process(BATCHES_PER_ROUND, 0);
+	if (batches > 1)
+		(void) payoutq_call_for_help(MyDatabaseId);
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	SPI_connect();
+	now = GetCurrentTimestamp();
+	due = payoutq_next_due(now);
+	SPI_finish();
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	pgstat_report_stat(batches == 0);
+	pgstat_report_activity(STATE_IDLE, NULL);
+	payoutq_worker_report(WORKER_IDLE, 0, 0);
+
+	*nap = payoutq_interval * 1000L;
+	if (unsupervised)
+		*nap = UNSUPERVISED_NAP_MS;
+	if (payoutq_my_slot && !payoutq_my_slot->resident)
+		*nap = Min(*nap, HELPER_PATIENCE_MS);
+	if (due != 0)
+		*nap = Min(*nap, TimestampDifferenceMilliseconds(now, due) + 1);
+	return batches >= BATCHES_PER_ROUND;
+}
+
+static bool
+extension_exists(void)
+{
+	bool		exists;
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	exists = payoutq_lock_extension();
+	PopActiveSnapshot();
+	return exists;
+}
+
+/* A helper with nothing to do, or nobody wants workers any more. */
+static bool
+is_superfluous(TimestampTz worked_at)
+{
+	if (payoutq_my_slot == NULL)
+		return false;
+	if (payoutq_workers == 0)
+		return true;
+	return !payoutq_my_slot->resident &&
+		TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS);
+}
+
+static void
+wait_for_work(long nap)
+{
+	static uint32 event = 0;
+
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+					 nap, payoutq_wait_event(&event, "PayoutqWorkerMain"));
+	ResetLatch(MyLatch);
+}
