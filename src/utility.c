@@ -55,35 +55,32 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 						DestReceiver *dest, QueryCompletion *qc)
 {
 	ProcessUtility_hook_type next = next_hook ? next_hook : standard_ProcessUtility;
-	Oid			database = affected_database(pstmt->utilityStmt);
-	bool		drops = drops_extension(pstmt->utilityStmt);
-	DatabaseState state;
+	volatile Oid database = affected_database(pstmt->utilityStmt);
+	volatile bool drops = drops_extension(pstmt->utilityStmt);
+	volatile DatabaseState before = DATABASE_FREE;
 
-	if (!OidIsValid(database))
-	{
-		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
+	/* Of the database, when it has workers; else nothing to restore. */
+	if (OidIsValid(database))
+		before = hold_off_workers(database);
 
-		/* Workers see that it is gone, and leave. */
-		if (drops)
-			payoutq_wake_at_commit();
-		return;
-	}
-
-	state = hold_off_workers(database);
 	PG_TRY();
 	{
 		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
 	}
 	PG_CATCH();
 	{
-		let_workers_in(database, state);
+		let_workers_in(database, before);
 		PG_RE_THROW();
 	}
 	PG_END_TRY();
 
 	/* A database that is gone loses its slot when the launcher looks again. */
 	if (!IsA(pstmt->utilityStmt, DropdbStmt))
-		let_workers_in(database, state);
+		let_workers_in(database, before);
+
+	/* Workers see that the extension is gone, and leave. */
+	if (drops)
+		payoutq_wake_at_commit();
 }
 
 /* The database that must have no connection, if the caller may ask for that. */
@@ -181,6 +178,9 @@ static void
 let_workers_in(Oid database, DatabaseState state)
 {
 	DatabaseSlot *slot;
+
+	if (!OidIsValid(database))
+		return;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	slot = payoutq_database_slot(database, false);
