@@ -20,6 +20,11 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_change_balance_sql';
 COMMENT ON FUNCTION payoutq.change_balance(text, text, bigint) IS
 'adds the amount, which may be negative, to a balance; 23514 if that is too low';
 
+CREATE FUNCTION payoutq.amount_due(user_id text) RETURNS bigint
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_amount_due';
+COMMENT ON FUNCTION payoutq.amount_due(text) IS
+'what the batch that is being paid in this session owes the user';
+
 CREATE FUNCTION payoutq.user_balance(account text, currency text) RETURNS bigint
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_user_balance_sql';
 COMMENT ON FUNCTION payoutq.user_balance(text, text) IS

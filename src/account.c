@@ -10,52 +10,183 @@
 
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/snapmgr.h"
 
+#include "utils/array.h"
 #include "payoutq.h"
 
+/* The batch that is being paid, for payoutq.amount_due(). */
+typedef struct AmountsDue
+{
+	const BatchEntries *entries;
+	bool	   *credited;
+	int			next;
+} AmountsDue;
+
+static AmountsDue *amounts_due = NULL;
+
+static void credit_own(const Claim *claim, const BatchEntries *entries);
+static void keep_uncredited(const AmountsDue *state, Datum *users, Datum *amounts);
 static void change_user(const char *account, const char *currency, int64 amount);
 static void change_system(const char *account, const char *currency, int64 amount);
 static void balance_too_low(const char *account, const char *currency, int64 amount);
 
 PG_FUNCTION_INFO_V1(payoutq_change_balance_sql);
 PG_FUNCTION_INFO_V1(payoutq_user_balance_sql);
+PG_FUNCTION_INFO_V1(payoutq_amount_due);
 
 /*
  * Credit the entries of a batch, in order of user_id.  Returns how many have
  * no account (then nothing may be kept of what was done), and which.
- *
- * MERGE: the outer join leaves no choice of plan but entries first and accounts
- * by index, whatever the statistics say; accounts that are not there are made
- * in the same pass, so locks are taken in one order.
  */
 int
 payoutq_credit_entries(const Claim *claim, int32 **missing)
 {
-	static EngineStatement credit = {
-		"MERGE INTO payoutq.account a"
-		" USING (SELECT user_id, amount FROM payoutq.entry"
-		"         WHERE job_id = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq) e"
-		"    ON a.user_id = e.user_id AND a.currency = $4"
-		"  WHEN MATCHED THEN UPDATE SET balance = a.balance + e.amount"
-		"  WHEN NOT MATCHED THEN INSERT VALUES (e.user_id, $4, e.amount)",
-		4, {INT8OID, INT4OID, INT4OID, TEXTOID}
+	Binding		binding;
+	BatchEntries entries;
+
+	payoutq_read_entries(claim, &entries);
+	if (payoutq_find_binding(claim->currency, &binding))
+		return payoutq_credit_bound(&binding, claim, &entries, missing);
+
+	credit_own(claim, &entries);
+	return 0;
+}
+
+/* The entries of the claimed range, as arrays in order of user_id. */
+void
+payoutq_read_entries(const Claim *claim, BatchEntries *entries)
+{
+	static EngineStatement read = {
+		"SELECT array_agg(user_id), array_agg(amount)"
+		"  FROM (SELECT user_id, amount FROM payoutq.entry"
+		"         WHERE job_id = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq) e",
+		3, {INT8OID, INT4OID, INT4OID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
-		Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq),
-	CStringGetTextDatum(claim->currency)};
-	uint64		expected = claim->last_seq - claim->first_seq + 1;
+		Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
+	int			expected = claim->last_seq - claim->first_seq + 1;
+	bool		isnull;
+	int			amounts = 0;
+
+	(void) payoutq_execute(&read, values, NULL, SPI_OK_SELECT);
+	entries->users = payoutq_result(0, 1, &isnull);
+	entries->amounts = payoutq_result(0, 2, &isnull);
+	entries->count = 0;
+	if (!isnull)
+	{
+		deconstruct_array(DatumGetArrayTypeP(entries->users), TEXTOID, -1, false,
+						  TYPALIGN_INT, &entries->user, NULL, &entries->count);
+		deconstruct_array(DatumGetArrayTypeP(entries->amounts), INT8OID, sizeof(int64),
+						  FLOAT8PASSBYVAL, TYPALIGN_DOUBLE, &entries->amount, NULL, &amounts);
+	}
+	if (entries->count != expected || amounts != expected)
+		elog(ERROR, "batch %d of job " INT64_FORMAT " has %d entries, not %d",
+			 claim->batch_no, claim->job_id, entries->count, expected);
+}
+
+/*
+ * The accounts are found by one scan of their index with all user ids, in its
+ * order, which is that of the entries; payoutq.amount_due() goes along with it,
+ * as a merge join would.  That is a quarter faster than joining the entries in
+ * SQL, and leaves no choice of plan.  Accounts that were not there are made by
+ * a second statement; what it finds made meanwhile, it credits.
+ */
+static void
+credit_own(const Claim *claim, const BatchEntries *entries)
+{
+	static EngineStatement credit = {
+		"UPDATE payoutq.account SET balance = balance + payoutq.amount_due(user_id)"
+		" WHERE user_id = ANY ($1) AND currency = $2",
+		2, {TEXTARRAYOID, TEXTOID}
+	};
+	static EngineStatement open = {
+		"INSERT INTO payoutq.account AS a"
+		" SELECT e.user_id, $3, e.amount FROM unnest($1, $2) AS e (user_id, amount)"
+		" ON CONFLICT (user_id, currency) DO UPDATE SET balance = a.balance + excluded.balance",
+		3, {TEXTARRAYOID, INT8ARRAYOID, TEXTOID}
+	};
+	AmountsDue	state = {.entries = entries};
+	Datum		values[3];
 	uint64		credited;
-	Binding		binding;
 
-	if (payoutq_find_binding(claim->currency, &binding))
-		return payoutq_credit_bound(&binding, claim, missing);
+	state.credited = palloc0(entries->count * sizeof(bool));
+	values[0] = entries->users;
+	values[1] = CStringGetTextDatum(claim->currency);
+	amounts_due = &state;
+	PG_TRY();
+	{
+		credited = payoutq_execute(&credit, values, NULL, SPI_OK_UPDATE);
+	}
+	PG_FINALLY();
+	{
+		amounts_due = NULL;
+	}
+	PG_END_TRY();
 
-	credited = payoutq_execute(&credit, values, NULL, SPI_OK_MERGE);
-	if (credited != expected)
-		elog(ERROR, "credited " UINT64_FORMAT " of " UINT64_FORMAT " entries of batch %d of job " INT64_FORMAT,
-			 credited, expected, claim->batch_no, claim->job_id);
-	return 0;
+	if (credited < entries->count)
+	{
+		keep_uncredited(&state, &values[0], &values[1]);
+		values[2] = CStringGetTextDatum(claim->currency);
+		credited += payoutq_execute(&open, values, NULL, SPI_OK_INSERT);
+	}
+	if (credited != entries->count)
+		elog(ERROR, "credited " UINT64_FORMAT " of %d entries of batch %d of job " INT64_FORMAT,
+			 credited, entries->count, claim->batch_no, claim->job_id);
+}
+
+static void
+keep_uncredited(const AmountsDue *state, Datum *users, Datum *amounts)
+{
+	const BatchEntries *entries = state->entries;
+	Datum	   *user = palloc(entries->count * sizeof(Datum));
+	Datum	   *amount = palloc(entries->count * sizeof(Datum));
+	int			count = 0;
+
+	for (int i = 0; i < entries->count; i++)
+	{
+		if (state->credited[i])
+			continue;
+		user[count] = entries->user[i];
+		amount[count++] = entries->amount[i];
+	}
+	*users = PointerGetDatum(construct_array(user, count, TEXTOID, -1, false, TYPALIGN_INT));
+	*amounts = PointerGetDatum(construct_array(amount, count, INT8OID, sizeof(int64),
+											   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+/*
+ * payoutq.amount_due(user_id): what the batch that is being paid owes the user.
+ * Accounts come in the order of the entries, so the next one is nearly always
+ * at hand; a row that was waited for is asked for again.
+ */
+Datum
+payoutq_amount_due(PG_FUNCTION_ARGS)
+{
+	text	   *user = PG_GETARG_TEXT_PP(0);
+	const BatchEntries *entries;
+
+	if (amounts_due == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("no batch is being paid")));
+
+	entries = amounts_due->entries;
+	for (int tried = 0; tried < entries->count; tried++)
+	{
+		int			i = (amounts_due->next + tried) % entries->count;
+		text	   *candidate = DatumGetTextPP(entries->user[i]);
+
+		if (payoutq_compare_users(VARDATA_ANY(user), VARSIZE_ANY_EXHDR(user),
+								  VARDATA_ANY(candidate), VARSIZE_ANY_EXHDR(candidate)) != 0)
+			continue;
+		amounts_due->credited[i] = true;
+		amounts_due->next = i + 1;
+		PG_RETURN_INT64(DatumGetInt64(entries->amount[i]));
+	}
+	elog(ERROR, "the batch owes nothing to user \"%s\"", text_to_cstring(user));
+	PG_RETURN_NULL();			/* keep the compiler quiet */
 }
 
 /* Add the amount, which may be negative; nobody but @outside may go below zero. */
@@ -69,7 +200,14 @@ payoutq_change_balance(const char *account, const char *currency, int64 amount)
 	else if (!payoutq_find_binding(currency, &binding))
 		change_user(account, currency, amount);
 	else if (!payoutq_change_bound(&binding, account, amount))
-		balance_too_low(account, currency, amount);
+	{
+		if (amount < 0)
+			balance_too_low(account, currency, amount);
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("account \"%s\" does not exist in table \"%s\"",
+						account, get_rel_name(binding.table))));
+	}
 }
 
 static void

@@ -43,7 +43,6 @@ static void make_constraints_immediate(Relation relation);
 static SPIPlanPtr bound_plan(BoundPlan *cache, const Binding *binding,
 							 const char *format, int nargs, Oid *argtypes);
 static char *bound_sql(const Binding *binding, const char *format);
-static void read_entries(const Claim *claim, Datum *users, Datum *amounts);
 static int	find_missing(const Claim *claim, int32 **missing);
 
 /* False: balances of the currency are kept in payoutq.account. */
@@ -84,16 +83,15 @@ payoutq_find_binding(const char *currency, Binding *binding)
  * row of their own, and their numbers in ascending order.
  */
 int
-payoutq_credit_bound(const Binding *binding, const Claim *claim, int32 **missing)
+payoutq_credit_bound(const Binding *binding, const Claim *claim,
+					 const BatchEntries *entries, int32 **missing)
 {
 	static BoundPlan cache;
 	Oid			argtypes[] = {TEXTARRAYOID, INT8ARRAYOID};
-	Datum		values[2];
+	Datum		values[] = {entries->users, entries->amounts};
 	EngineState state;
 	SPIPlanPtr	plan;
 	int			rc;
-
-	read_entries(claim, &values[0], &values[1]);
 
 	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
 	become_owner(binding);
@@ -108,26 +106,6 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim, int32 **missing
 	if (rc != SPI_OK_UPDATE_RETURNING)
 		elog(ERROR, "unexpected result of a credit: %s", SPI_result_code_string(rc));
 	return find_missing(claim, missing);
-}
-
-static void
-read_entries(const Claim *claim, Datum *users, Datum *amounts)
-{
-	static EngineStatement entries = {
-		"SELECT array_agg(user_id ORDER BY seq), array_agg(amount ORDER BY seq), count(*)"
-		"  FROM payoutq.entry WHERE job_id = $1 AND seq BETWEEN $2 AND $3",
-		3, {INT8OID, INT4OID, INT4OID}
-	};
-	Datum		values[] = {Int64GetDatum(claim->job_id),
-	Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
-	bool		isnull;
-
-	(void) payoutq_execute(&entries, values, NULL, SPI_OK_SELECT);
-	*users = payoutq_result(0, 1, &isnull);
-	*amounts = payoutq_result(0, 2, &isnull);
-	if (payoutq_result_int64(0, 3) != claim->last_seq - claim->first_seq + 1)
-		elog(ERROR, "entries of batch %d of job " INT64_FORMAT " are missing",
-			 claim->batch_no, claim->job_id);
 }
 
 /* What the credit returned are the ordinals of the entries that were paid. */

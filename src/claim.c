@@ -112,12 +112,6 @@ old_entry(const ActiveJob *job, int *position)
 	return NULL;
 }
 
-int
-payoutq_active_jobs(void)
-{
-	return job_count;
-}
-
 /* The job whose turn it is, or NULL when all are idle. */
 ActiveJob *
 payoutq_next_job(TimestampTz now)
@@ -146,6 +140,12 @@ payoutq_next_job(TimestampTz now)
 	return next;
 }
 
+void
+payoutq_leave_alone(ActiveJob *job, int milliseconds)
+{
+	job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), milliseconds);
+}
+
 /*
  * Find something to do for the job.  Takes its lock in Share mode, which holds
  * off pause and cancel until the end of the transaction.
@@ -157,8 +157,7 @@ payoutq_claim(ActiveJob *job, Claim *claim)
 		return WORK_ADOPT;
 	if (!payoutq_lock_job(job->id, ShareLock, false))
 	{
-		job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-													  LOCKED_JOB_WAIT_MS);
+		payoutq_leave_alone(job, LOCKED_JOB_WAIT_MS);
 		return WORK_NONE;
 	}
 	if (job->queued)
@@ -226,7 +225,7 @@ nothing_claimed(ActiveJob *job)
 	run_after = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 	if (isnull)
 	{
-		job->idle_until = TimestampTzPlusMilliseconds(now, BUSY_JOB_WAIT_MS);
+		payoutq_leave_alone(job, BUSY_JOB_WAIT_MS);
 		return WORK_FINISH;
 	}
 

@@ -194,8 +194,8 @@ typedef struct ActiveJob
 } ActiveJob;
 
 extern void payoutq_refresh_jobs(int64 only_job, bool woken);
-extern int	payoutq_active_jobs(void);
 extern ActiveJob *payoutq_next_job(TimestampTz now);
+extern void payoutq_leave_alone(ActiveJob *job, int milliseconds);
 extern JobWork payoutq_claim(ActiveJob *job, Claim *claim);
 extern bool payoutq_reclaim(const Claim *claim);
 extern TimestampTz payoutq_next_due(TimestampTz now);
@@ -226,6 +226,16 @@ extern ErrorData *payoutq_catch(MemoryContext context, ResourceOwner owner);
 extern void payoutq_rethrow_interrupt(ErrorData *error);
 
 /* account.c: balances of users and system accounts */
+typedef struct BatchEntries
+{
+	int			count;
+	Datum		users;			/* text[] */
+	Datum		amounts;		/* bigint[] */
+	Datum	   *user;			/* their elements */
+	Datum	   *amount;
+} BatchEntries;
+
+extern void payoutq_read_entries(const Claim *claim, BatchEntries *entries);
 extern int	payoutq_credit_entries(const Claim *claim, int32 **missing);
 extern void payoutq_change_balance(const char *account, const char *currency,
 								   int64 amount);
@@ -241,7 +251,7 @@ typedef struct Binding
 
 extern bool payoutq_find_binding(const char *currency, Binding *binding);
 extern int	payoutq_credit_bound(const Binding *binding, const Claim *claim,
-								 int32 **missing);
+								 const BatchEntries *entries, int32 **missing);
 extern bool payoutq_change_bound(const Binding *binding, const char *key,
 								 int64 amount);
 extern bool payoutq_bound_balance(const Binding *binding, const char *key,

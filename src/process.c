@@ -20,13 +20,18 @@
 /* How old the list of jobs may get before it is read again. */
 #define REFRESH_MS		100
 
+/* How long a job is left alone when it could not be expanded or adopted. */
+#define EXPAND_WAIT_MS	1000
+#define ADOPT_WAIT_MS	10000
+
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
 
 static MemoryContext turn_context = NULL;
 
-static void refresh(int64 only_job, bool woken);
-static bool serve(ActiveJob *job);
+static bool begin_turn(EngineState *state);
+static bool refresh(int64 only_job, bool woken);
+static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
 
 PG_FUNCTION_INFO_V1(payout_process);
@@ -39,8 +44,8 @@ uint64
 payoutq_process(uint64 max_batches, int64 only_job)
 {
 	static TimestampTz refreshed = 0;
-	static uint64 generation = 0;
 	static int64 refreshed_for = -1;
+	static uint64 generation = 0;
 	MemoryContext caller = CurrentMemoryContext;
 	bool		just_refreshed = false;
 	uint64		batches = 0;
@@ -50,30 +55,34 @@ payoutq_process(uint64 max_batches, int64 only_job)
 											 ALLOCSET_DEFAULT_SIZES);
 	while (batches < max_batches)
 	{
-		uint64		now_generation = payoutq_wake_generation(MyDatabaseId);
+		uint64		newest = payoutq_wake_generation(MyDatabaseId);
 		TimestampTz now = GetCurrentTimestamp();
-		bool		woken = now_generation != generation || !payoutq_is_worker;
-		ActiveJob  *job;
+		ActiveJob  *job = payoutq_next_job(now);
+		bool		tried = false;
 
 		CHECK_FOR_INTERRUPTS();
 		MemoryContextReset(turn_context);
 
-		job = payoutq_next_job(now);
-		if ((job == NULL && !just_refreshed) ||
-			now_generation != generation || refreshed_for != only_job ||
+		if ((job == NULL && !just_refreshed) || newest != generation ||
+			refreshed_for != only_job ||
 			TimestampDifferenceExceeds(refreshed, now, REFRESH_MS))
 		{
+			/* A session was not woken, but called: it looks at every job. */
+			bool		woken = newest != generation ||
+				(!payoutq_is_worker && batches == 0);
+
 			/* What comes in while we read is seen the next time. */
-			generation = now_generation;
+			generation = newest;
 			refreshed = now;
 			refreshed_for = only_job;
-			refresh(only_job, woken && batches == 0);
 			just_refreshed = true;
+			if (!refresh(only_job, woken))
+				break;
 			continue;
 		}
-		if (job == NULL)
+		if (job == NULL || !serve(job, &tried))
 			break;
-		if (serve(job))
+		if (tried)
 		{
 			batches++;
 			just_refreshed = false;
@@ -84,52 +93,65 @@ payoutq_process(uint64 max_batches, int64 only_job)
 	return batches;
 }
 
-static void
+/*
+ * Returns false, with the turn ended, when the extension was dropped: a worker
+ * finds that out for itself and leaves.
+ */
+static bool
+begin_turn(EngineState *state)
+{
+	payoutq_turn_begin(state, turn_context);
+	if (payoutq_lock_extension())
+		return true;
+	if (!payoutq_is_worker)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"payoutq\" does not exist in this database")));
+	payoutq_turn_end(state);
+	return false;
+}
+
+static bool
 refresh(int64 only_job, bool woken)
 {
 	EngineState state;
 
-	payoutq_turn_begin(&state, turn_context);
-	if (!payoutq_lock_extension())
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("extension \"payoutq\" does not exist in this database")));
+	if (!begin_turn(&state))
+		return false;
 	payoutq_refresh_jobs(only_job, woken);
 	payoutq_turn_end(&state);
+	return true;
 }
 
-/* One turn for one job.  Returns true if a batch was tried. */
+/* One turn for one job.  *tried: a batch of it was. */
 static bool
-serve(ActiveJob *job)
+serve(ActiveJob *job, bool *tried)
 {
 	EngineState state;
 	Claim		claim;
-	bool		tried = false;
 
-	payoutq_turn_begin(&state, turn_context);
-	if (!payoutq_lock_extension())
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("extension \"payoutq\" does not exist in this database")));
+	if (!begin_turn(&state))
+		return false;
 
 	switch (payoutq_claim(job, &claim))
 	{
 		case WORK_BATCH:
 			payoutq_worker_report(WORKER_WORKING, claim.job_id, claim.batch_no);
-			tried = pay(job, &claim, &state);
+			*tried = pay(job, &claim, &state);
 			break;
 		case WORK_EXPAND:
 			/* Let somebody else pay meanwhile. */
-			payoutq_call_for_help(MyDatabaseId);
+			(void) payoutq_call_for_help(MyDatabaseId);
+			payoutq_worker_report(WORKER_WORKING, job->id, 0);
 			payoutq_turn_commit(&state);
 			job->unexpanded = !payoutq_expand_job(job->id, &state);
 			if (job->unexpanded)
-				job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 1000);
+				payoutq_leave_alone(job, EXPAND_WAIT_MS);
 			break;
 		case WORK_ADOPT:
 			job->foreign = !payoutq_adopt_jobs();
 			if (job->foreign)
-				job->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 10000);
+				payoutq_leave_alone(job, ADOPT_WAIT_MS);
 			break;
 		case WORK_FINISH:
 			/* Give the job's Share lock back before its Exclusive one. */
@@ -141,7 +163,7 @@ serve(ActiveJob *job)
 	}
 
 	payoutq_turn_end(&state);
-	return tried;
+	return true;
 }
 
 static bool

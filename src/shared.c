@@ -3,10 +3,10 @@
  *		Shared memory, and waking workers at commit.
  *
  * All of SharedState but the condition variable is guarded by its LWLock, which
- * is never held over anything slow.  A worker's slot is filled by the launcher,
- * and from then on changed by the worker only, under the lock in exclusive mode;
- * its counters are read without it, for views.  Processes are named by their
- * index in ProcGlobal, never by a pointer.
+ * is never held over anything slow.  A worker's slot is given to it by the
+ * launcher and taken back at its exit under the lock; in between the worker
+ * reports what it does without it, for a view that may be a moment behind.
+ * Processes are named by their index in ProcGlobal, never by a pointer.
  *
  * Without preload there is none of this: payoutq_shared is NULL, nobody can be
  * woken, and everything else works.

@@ -31,7 +31,13 @@ use Time::HiRes qw(time usleep);
 our @EXPORT = qw(
   start_node
   create_db_with_extension
+  create_job
   wait_for
+  wait_for_job
+  paid_once_ok
+  books_ok
+  worker_pid
+  worker_errors
   kill9
 );
 
@@ -83,6 +89,26 @@ sub create_db_with_extension
 	$node->safe_psql('postgres', "CREATE DATABASE $db");
 	$node->safe_psql($db, 'CREATE EXTENSION payoutq');
 	return;
+}
+
+=item create_job($node, $db, $reference, $n, %options)
+
+Creates a job that pays the users u1 to u$n, each as much as his number, and
+returns its id.  Options: C<prefix>, another one than "u", and C<args>, more
+arguments of payout_create_job(), such as "batch_size => 10".
+
+=cut
+
+sub create_job
+{
+	my ($node, $db, $reference, $n, %options) = @_;
+	my $prefix = $options{prefix} // 'u';
+	my $args = defined $options{args} ? ", $options{args}" : '';
+
+	return $node->safe_psql($db, qq{
+		SELECT payout_create_job('$reference', array_agg('$prefix' || i),
+		                         array_agg(i::bigint)$args)
+		FROM generate_series(1, $n) i});
 }
 
 =item wait_for($node, $db, $query, $expected, $limit)
@@ -137,6 +163,111 @@ sub _diagnose
 	my @log = split /^/, slurp_file($node->logfile);
 	diag("\nthe last lines of the log:\n" . join('', splice(@log, @log > 60 ? -60 : 0)));
 	return;
+}
+
+=item wait_for_job($node, $db, $job, $status, $limit)
+
+Waits until the job has the status (default: completed), also while the server
+is restarted.  Returns true, or writes what is known and returns false.
+
+=cut
+
+sub wait_for_job
+{
+	my ($node, $db, $job, $status, $limit) = @_;
+
+	return wait_for($node, $db, "SELECT status FROM payout_job_status($job)",
+		$status // 'completed', $limit);
+}
+
+=item paid_once_ok($node, $db, $n, $name, %options)
+
+Tests that the users of create_job() have what they were to get: u1 to u$n as
+much as their number, and nobody else.  Options: C<prefix>, C<times> for more
+jobs than one, C<plus> for what else each has, and C<accounts>, the table.
+The books are tested too.
+
+=cut
+
+sub paid_once_ok
+{
+	my ($node, $db, $n, $name, %options) = @_;
+	my $prefix = $options{prefix} // 'u';
+	my $times = $options{times} // 1;
+	my $plus = $options{plus} // 0;
+	my $accounts = $options{accounts} // 'payout_accounts';
+	my $start = length($prefix) + 1;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	is( $node->safe_psql($db, qq{
+			SELECT count(*), count(*) FILTER (WHERE balance <>
+			       $times * substr(user_id, $start)::bigint + $plus)
+			FROM $accounts
+			WHERE user_id ~ '^$prefix\\d+\$' AND balance <> 0}),
+		"$n|0",
+		"$name: everybody is paid once");
+	books_ok($node, $db, $name);
+	return;
+}
+
+=item books_ok($node, $db, $name)
+
+Tests what payout_verify() says.
+
+=cut
+
+sub books_ok
+{
+	my ($node, $db, $name) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	is( $node->safe_psql($db, q{
+			SELECT coalesce(string_agg(check_name || ': ' || detail, '; ')
+			                  FILTER (WHERE NOT ok),
+			                CASE WHEN count(*) > 0 THEN 'fine' END)
+			FROM payout_verify()}),
+		'fine', "$name: the books balance");
+	return;
+}
+
+=item worker_pid($node, $db)
+
+The process id of a worker in the database, once there is one.
+
+=cut
+
+sub worker_pid
+{
+	my ($node, $db) = @_;
+	my $workers = qq{FROM pg_stat_activity
+		WHERE backend_type = 'payoutq worker' AND datname = '$db'};
+	my $pid = '';
+
+	# It may leave between two questions.
+	while ($pid eq '')
+	{
+		wait_for($node, 'postgres', "SELECT count(*) > 0 $workers")
+		  or die "there is no worker in $db";
+		$pid = $node->safe_psql('postgres', "SELECT min(pid) $workers");
+	}
+	return $pid;
+}
+
+=item worker_errors($node, $offset)
+
+What the launcher and workers wrote to the log, from $offset on, that is a
+warning or worse.  That a worker is told to end is not.
+
+=cut
+
+sub worker_errors
+{
+	my ($node, $offset) = @_;
+
+	return join '', grep {
+		/ payoutq (worker|launcher) .*(WARNING|ERROR|FATAL|PANIC): /
+		  && !/FATAL:  terminating background worker/
+	} split /^/, slurp_file($node->logfile, $offset // 0);
 }
 
 =item kill9($pid)
