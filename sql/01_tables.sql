@@ -1,3 +1,7 @@
+-- What somebody else may have put into the target schema must not be found
+-- while the objects are made.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- Storage. Applications use the functions and views named payout_*; nobody
 -- but the extension's owner may touch these tables.
 
@@ -117,7 +121,7 @@ COMMENT ON TABLE payoutq.binding IS
 -- Every movement of money that is not an entry: two ledger lines in a row.
 CREATE TABLE payoutq.movement (
     id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'funding', 'fee', 'release', 'reversal')),
+    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'funding', 'fee', 'release', 'reversal', 'unbinding')),
     debit_account  text COLLATE "C" NOT NULL,
     credit_account text COLLATE "C" NOT NULL,
     currency       text NOT NULL,

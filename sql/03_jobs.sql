@@ -1,92 +1,93 @@
 -- Jobs: creation, and what an application polls.
 
-CREATE FUNCTION payout_create_job(
+CREATE FUNCTION @extschema@.payout_create_job(
     reference text, winners jsonb, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
     batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_jsonb';
-COMMENT ON FUNCTION payout_create_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+COMMENT ON FUNCTION @extschema@.payout_create_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
 'creates a job that pays the winners [{"user_id": "u1", "amount": 100}, ...], amounts in minor units, and returns its id; the same reference and payload return the same job; errors: 22023, 22P02, 22003, 23514, 23505, 42704';
 
-CREATE FUNCTION payout_create_job(
+CREATE FUNCTION @extschema@.payout_create_job(
     reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
     batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_arrays';
-COMMENT ON FUNCTION payout_create_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+COMMENT ON FUNCTION @extschema@.payout_create_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
 'creates a job from two arrays of one length, the fast form; amounts in minor units; errors: 22023, 22003, 23514, 23505, 42704';
 
-CREATE FUNCTION payout_create_job_from(
+CREATE FUNCTION @extschema@.payout_create_job_from(
     reference text, query text, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
     batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_from';
-COMMENT ON FUNCTION payout_create_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+COMMENT ON FUNCTION @extschema@.payout_create_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
 'creates a job from a query that yields (user_id, amount bigint); a worker runs it later, as the role that calls this function (a superuser''s as pg_read_all_data), and sees the database as it is then, in one snapshot';
 
--- What would happen to each entry. Raises what payout_create_job() would.
-CREATE FUNCTION payoutq.preview(user_ids text[], amounts bigint[], total_pool bigint,
-                                platform_fee bigint, currency text, batch_size integer)
+-- What would happen to each entry. The job is created and rolled back, so that
+-- each error is the one that payout_create_job() would raise.
+CREATE FUNCTION @extschema@.payout_preview_job(
+    reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
+    challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
+    batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
+    provider text DEFAULT NULL, metadata jsonb DEFAULT NULL)
 RETURNS TABLE (entry integer, user_id text, amount bigint, batch_no integer,
                balance_before bigint, balance_after bigint, outcome text)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_column
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
 DECLARE
-    total numeric := (SELECT sum(a) FROM unnest(amounts) a);
+    existing bigint := (SELECT j.id FROM payoutq.job j WHERE j.reference = reference);
+    size integer := coalesce(batch_size, current_setting('payoutq.batch_size')::integer);
 BEGIN
-    IF total + platform_fee > total_pool OR platform_fee < 0 THEN
-        RAISE EXCEPTION 'amounts and fee are above the pool'
-            USING ERRCODE = 'check_violation',
-                  DETAIL = format('Amounts of %s and a fee of %s do not fit into a total_pool of %s.',
-                                  total, platform_fee, total_pool);
-    END IF;
+    BEGIN
+        PERFORM @extschema@.payout_create_job(reference, user_ids, amounts, total_pool, platform_fee, challenge_id, currency, priority,
+            batch_size, run_at, source_account, provider, metadata);
+        RAISE EXCEPTION USING ERRCODE = 'PQ000', MESSAGE = 'undo';
+    EXCEPTION WHEN SQLSTATE 'PQ000' THEN
+        NULL;
+    END;
+
     RETURN QUERY
-        SELECT w.n::integer, w.u, w.a,
-               ((w.n - 1) / coalesce(batch_size, current_setting('payoutq.batch_size')::integer) + 1)::integer,
-               b.balance, coalesce(b.balance, 0) + w.a,
-               CASE WHEN b.balance IS NOT NULL THEN 'credit'
-                    WHEN EXISTS (SELECT FROM payoutq.binding WHERE binding.currency = preview.currency)
+        SELECT w.entry, w.user_id, w.amount, (w.entry - 1) / size + 1, b.balance, coalesce(b.balance, 0) + w.amount,
+               CASE WHEN existing IS NOT NULL THEN format('in job %s already', existing)
+                    WHEN b.balance IS NOT NULL THEN 'credit'
+                    WHEN EXISTS (SELECT FROM payoutq.binding bound WHERE bound.currency = currency)
                     THEN 'account missing'
                     ELSE 'new account' END
-          FROM ROWS FROM (unnest(user_ids), unnest(amounts)) WITH ORDINALITY AS w (u, a, n),
-               LATERAL (SELECT payoutq.user_balance(w.u, preview.currency) AS balance) b;
+          FROM payoutq.read_winners(user_ids, amounts) w,
+               LATERAL (SELECT payoutq.user_balance(w.user_id, currency) AS balance) b;
 END $$;
+COMMENT ON FUNCTION @extschema@.payout_preview_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+'what payout_create_job() with the same arguments would do to each entry; writes nothing; outcome: credit, new account, account missing, in job N already; errors: those of payout_create_job()';
 
-CREATE FUNCTION payout_preview_job(
+CREATE FUNCTION @extschema@.payout_preview_job(
     reference text, winners jsonb, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
     batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL)
 RETURNS TABLE (entry integer, user_id text, amount bigint, batch_no integer,
                balance_before bigint, balance_after bigint, outcome text)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT p.* FROM (SELECT array_agg(w.user_id ORDER BY w.entry) AS u, array_agg(w.amount ORDER BY w.entry) AS a
-                       FROM payoutq.read_winners(winners) w) s,
-           payoutq.preview(s.u, s.a, total_pool, coalesce(platform_fee, 0), currency, batch_size) p
-$$;
-COMMENT ON FUNCTION payout_preview_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'what payout_create_job() with the same arguments would do to each entry; writes nothing; outcome: credit, new account, account missing';
-
-CREATE FUNCTION payout_preview_job(
-    reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
-    challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
-    batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
-    provider text DEFAULT NULL, metadata jsonb DEFAULT NULL)
-RETURNS TABLE (entry integer, user_id text, amount bigint, batch_no integer,
-               balance_before bigint, balance_after bigint, outcome text)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT p.* FROM (SELECT array_agg(w.user_id ORDER BY w.entry) AS u, array_agg(w.amount ORDER BY w.entry) AS a
-                       FROM payoutq.read_winners(user_ids, amounts) w) s,
-           payoutq.preview(s.u, s.a, total_pool, coalesce(platform_fee, 0), currency, batch_size) p
-$$;
-COMMENT ON FUNCTION payout_preview_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'what payout_create_job() with the same arguments would do to each entry; writes nothing; outcome: credit, new account, account missing';
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    users text[];
+    shares bigint[];
+BEGIN
+    IF winners IS NULL THEN
+        RAISE EXCEPTION 'winners must not be null' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    SELECT array_agg(w.user_id), array_agg(w.amount) INTO users, shares FROM payoutq.read_winners(winners) w;
+    RETURN QUERY SELECT * FROM @extschema@.payout_preview_job(reference, users, shares, total_pool, platform_fee, challenge_id, currency, priority,
+        batch_size, run_at, source_account, provider, metadata);
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_preview_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+'what payout_create_job() with the same arguments would do to each entry; writes nothing; outcome: credit, new account, account missing, in job N already; errors: those of payout_create_job()';
 
 -- With the rights of the caller, whose query it is.
-CREATE FUNCTION payout_preview_job_from(
+CREATE FUNCTION @extschema@.payout_preview_job_from(
     reference text, query text, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
     batch_size integer DEFAULT NULL, run_at timestamptz DEFAULT NULL, source_account text DEFAULT '@outside',
@@ -94,6 +95,7 @@ CREATE FUNCTION payout_preview_job_from(
 RETURNS TABLE (entry integer, user_id text, amount bigint, batch_no integer,
                balance_before bigint, balance_after bigint, outcome text)
 LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
 DECLARE
     users text[];
     shares bigint[];
@@ -101,10 +103,10 @@ BEGIN
     EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(q.user_id::pg_catalog.text), pg_catalog.array_agg(q.amount::pg_catalog.int8) FROM (%s) AS q',
                               pg_catalog.rtrim(query, E'; \n\t')) INTO users, shares;
     RETURN QUERY SELECT * FROM @extschema@.payout_preview_job(
-        reference, coalesce(users, '{}'), coalesce(shares, '{}'), total_pool, platform_fee, challenge_id,
-        currency, priority, batch_size, run_at, source_account, provider, metadata);
+        reference, coalesce(users, '{}'), coalesce(shares, '{}'), total_pool, platform_fee, challenge_id, currency, priority,
+        batch_size, run_at, source_account, provider, metadata);
 END $$;
-COMMENT ON FUNCTION payout_preview_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
+COMMENT ON FUNCTION @extschema@.payout_preview_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
 'what payout_create_job_from() with the same arguments would do to each entry, were its query run now; writes nothing';
 
 -- All that is counted comes from a few rows of payoutq.progress, so it costs
@@ -134,7 +136,7 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
                             (p.completed + p.failed) / nullif(extract(epoch FROM
                                 coalesce(j.completed_at, clock_timestamp()) - j.started_at), 0) AS rate) s;
 
-CREATE FUNCTION payout_job_status(job_id bigint) RETURNS SETOF payoutq.status
+CREATE FUNCTION @extschema@.payout_job_status(job_id bigint) RETURNS SETOF payoutq.status
 LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY SELECT s.* FROM payoutq.status s WHERE s.job_id = payout_job_status.job_id;
@@ -142,10 +144,10 @@ BEGIN
         RAISE EXCEPTION 'job % does not exist', coalesce(job_id::text, 'null') USING ERRCODE = 'undefined_object';
     END IF;
 END $$;
-COMMENT ON FUNCTION payout_job_status(bigint) IS
+COMMENT ON FUNCTION @extschema@.payout_job_status(bigint) IS
 'one row: where the job stands; progress goes from 0 to 1, and is 1 when the job is completed; error: 42704';
 
-CREATE FUNCTION payout_job_status(reference text) RETURNS SETOF payoutq.status
+CREATE FUNCTION @extschema@.payout_job_status(reference text) RETURNS SETOF payoutq.status
 LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY SELECT s.* FROM payoutq.status s WHERE s.reference = payout_job_status.reference;
@@ -153,15 +155,15 @@ BEGIN
         RAISE EXCEPTION 'job "%" does not exist', coalesce(reference, 'null') USING ERRCODE = 'undefined_object';
     END IF;
 END $$;
-COMMENT ON FUNCTION payout_job_status(text) IS
+COMMENT ON FUNCTION @extschema@.payout_job_status(text) IS
 'one row: where the job with this reference stands; error: 42704';
 
-CREATE FUNCTION payout_wait_for_job(job_id bigint, timeout interval DEFAULT '1 minute') RETURNS text
+CREATE FUNCTION @extschema@.payout_wait_for_job(job_id bigint, timeout interval DEFAULT '1 minute') RETURNS text
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payout_wait_for_job';
-COMMENT ON FUNCTION payout_wait_for_job(bigint, interval) IS
+COMMENT ON FUNCTION @extschema@.payout_wait_for_job(bigint, interval) IS
 'waits until the job is completed, failed or cancelled, and returns its status; after the timeout, whatever it is; error: 42704';
 
-CREATE PROCEDURE payout_process(max_batches integer DEFAULT NULL, job_id bigint DEFAULT NULL)
+CREATE PROCEDURE @extschema@.payout_process(max_batches integer DEFAULT NULL, job_id bigint DEFAULT NULL)
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_process';
-COMMENT ON PROCEDURE payout_process(integer, bigint) IS
+COMMENT ON PROCEDURE @extschema@.payout_process(integer, bigint) IS
 'does the work of a worker in this session, with a commit after each batch, until nothing is due';

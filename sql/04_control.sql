@@ -1,71 +1,71 @@
 -- What an operator does to a job. All of it waits for the batches that are
 -- being paid; when it returns, no other has begun in the old state.
 
-CREATE FUNCTION payout_pause_job(job_id bigint) RETURNS void
+CREATE FUNCTION @extschema@.payout_pause_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
 BEGIN
-    IF job.status NOT IN ('queued', 'running') THEN
-        PERFORM payoutq.refuse_state(job, 'paused');
+    IF target.status NOT IN ('queued', 'running') THEN
+        PERFORM payoutq.refuse_state(target, 'paused');
     END IF;
-    UPDATE payoutq.job SET status = 'paused' WHERE id = job.id;
+    UPDATE payoutq.job SET status = 'paused' WHERE id = target.id;
 END $$;
-COMMENT ON FUNCTION payout_pause_job(bigint) IS
+COMMENT ON FUNCTION @extschema@.payout_pause_job(bigint) IS
 'no batch of the job is paid until payout_resume_job(); errors: 42704, 55000';
 
-CREATE FUNCTION payout_resume_job(job_id bigint) RETURNS void
+CREATE FUNCTION @extschema@.payout_resume_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
 BEGIN
-    IF job.status <> 'paused' THEN
-        PERFORM payoutq.refuse_state(job, 'resumed');
+    IF target.status <> 'paused' THEN
+        PERFORM payoutq.refuse_state(target, 'resumed');
     END IF;
     UPDATE payoutq.job SET status = CASE WHEN started_at IS NULL THEN 'queued' ELSE 'running' END
-     WHERE id = job.id;
+     WHERE id = target.id;
     PERFORM payoutq.wake();
 END $$;
-COMMENT ON FUNCTION payout_resume_job(bigint) IS
+COMMENT ON FUNCTION @extschema@.payout_resume_job(bigint) IS
 'goes on with a paused job; errors: 42704, 55000';
 
-CREATE FUNCTION payout_cancel_job(job_id bigint, reason text DEFAULT NULL) RETURNS void
+CREATE FUNCTION @extschema@.payout_cancel_job(job_id bigint, reason text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
     escrow text := '@job:' || job_id;
     rest bigint;
 BEGIN
-    IF job.status IN ('completed', 'cancelled') THEN
-        PERFORM payoutq.refuse_state(job, 'cancelled');
+    IF target.status IN ('completed', 'cancelled') THEN
+        PERFORM payoutq.refuse_state(target, 'cancelled');
     END IF;
-    rest := payoutq.system_balance(escrow, job.currency);
+    rest := payoutq.system_balance(escrow, target.currency);
     IF rest > 0 THEN
-        PERFORM payoutq.change_balance(job.source_account, job.currency, rest);
+        PERFORM payoutq.change_balance(target.source_account, target.currency, rest);
         INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, reason)
-        VALUES ('release', escrow, job.source_account, job.currency, rest, job.id, reason);
+        VALUES ('release', escrow, target.source_account, target.currency, rest, target.id, reason);
     END IF;
     UPDATE payoutq.job SET status = 'cancelled', completed_at = clock_timestamp(), error = reason
-     WHERE id = job.id;
-    PERFORM payoutq.announce(job.id, 'cancelled');
+     WHERE id = target.id;
+    PERFORM payoutq.announce(target.id, 'cancelled');
 END $$;
-COMMENT ON FUNCTION payout_cancel_job(bigint, text) IS
+COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
 'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';
 
-CREATE FUNCTION payout_retry_job(job_id bigint) RETURNS bigint
+CREATE FUNCTION @extschema@.payout_retry_job(job_id bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
     queued bigint;
 BEGIN
-    IF job.status = 'cancelled' THEN
-        PERFORM payoutq.refuse_state(job, 'retried');
+    IF target.status = 'cancelled' THEN
+        PERFORM payoutq.refuse_state(target, 'retried');
     END IF;
 
     -- What had failed for good is taken out of the count again.
     INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid)
-    SELECT job.id, b.batch_no / 1024, -1, 0, -sum(b.last_seq - b.first_seq + 1), 0
-      FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'failed'
+    SELECT target.id, b.batch_no / 1024, -1, 0, -sum(b.last_seq - b.first_seq + 1), 0
+      FROM payoutq.batch b WHERE b.job_id = target.id AND b.status = 'failed'
      GROUP BY b.batch_no / 1024
     ON CONFLICT ON CONSTRAINT progress_pkey DO UPDATE SET failed = p.failed + excluded.failed;
 
@@ -73,35 +73,35 @@ BEGIN
         UPDATE payoutq.batch b
            SET status = 'pending', attempts = 0, crashes = 0, run_after = clock_timestamp(),
                processed_at = NULL, error_code = NULL, error = NULL
-         WHERE b.job_id = job.id AND b.status <> 'completed'
-           AND (b.status = 'failed' OR b.attempts > 0 OR b.crashes > 0 OR job.status = 'failed')
+         WHERE b.job_id = target.id AND b.status <> 'completed'
+           AND (b.status = 'failed' OR b.attempts > 0 OR b.crashes > 0 OR target.status = 'failed')
         RETURNING b.last_seq - b.first_seq + 1 AS entries)
     SELECT coalesce(sum(entries), 0) INTO queued FROM again;
 
-    IF job.status = 'failed' OR (job.status = 'completed' AND queued > 0) THEN
+    IF target.status = 'failed' OR (target.status = 'completed' AND queued > 0) THEN
         UPDATE payoutq.job
            SET status = CASE WHEN started_at IS NULL THEN 'queued' ELSE 'running' END,
                completed_at = NULL, error_code = NULL, error = NULL, attempts = 0, run_at = clock_timestamp()
-         WHERE id = job.id;
+         WHERE id = target.id;
     END IF;
     PERFORM payoutq.wake();
     RETURN queued;
 END $$;
-COMMENT ON FUNCTION payout_retry_job(bigint) IS
+COMMENT ON FUNCTION @extschema@.payout_retry_job(bigint) IS
 'queues the failed entries of a job again, also of a finished one, and those that wait for another try; returns how many; errors: 42704, 55000';
 
-CREATE FUNCTION payout_trigger_job(job_id bigint) RETURNS void
+CREATE FUNCTION @extschema@.payout_trigger_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
 BEGIN
-    IF job.status NOT IN ('queued', 'running') THEN
-        PERFORM payoutq.refuse_state(job, 'triggered');
+    IF target.status NOT IN ('queued', 'running') THEN
+        PERFORM payoutq.refuse_state(target, 'triggered');
     END IF;
-    UPDATE payoutq.job SET run_at = clock_timestamp() WHERE id = job.id AND run_at > clock_timestamp();
+    UPDATE payoutq.job SET run_at = clock_timestamp() WHERE id = target.id AND run_at > clock_timestamp();
     UPDATE payoutq.batch b SET run_after = clock_timestamp()
-     WHERE b.job_id = job.id AND b.status = 'pending' AND b.run_after > clock_timestamp();
+     WHERE b.job_id = target.id AND b.status = 'pending' AND b.run_after > clock_timestamp();
     PERFORM payoutq.wake();
 END $$;
-COMMENT ON FUNCTION payout_trigger_job(bigint) IS
+COMMENT ON FUNCTION @extschema@.payout_trigger_job(bigint) IS
 'runs a job now, whatever its run_at and the backoff of its batches say; errors: 42704, 55000';

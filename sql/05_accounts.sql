@@ -1,11 +1,11 @@
 -- Accounts and the ledger.
 
-CREATE FUNCTION payout_balance(user_id text, currency text DEFAULT 'USD') RETURNS bigint
+CREATE FUNCTION @extschema@.payout_balance(user_id text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN user_id LIKE '@%' THEN payoutq.system_balance(user_id, currency)
                 ELSE coalesce(payoutq.user_balance(user_id, currency), 0) END
 $$;
-COMMENT ON FUNCTION payout_balance(text, text) IS
+COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
 'balance of a user or of a system account (@outside, @platform, @job:<id>), in minor units; 0 if there is no such account';
 
 -- A deposit or a withdrawal, once a reference.
@@ -49,37 +49,37 @@ BEGIN
     RETURN posted.id;
 END $$;
 
-CREATE FUNCTION payout_deposit(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
+CREATE FUNCTION @extschema@.payout_deposit(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT payoutq.post('deposit', '@outside', user_id, amount, reference, currency)
 $$;
-COMMENT ON FUNCTION payout_deposit(text, bigint, text, text) IS
+COMMENT ON FUNCTION @extschema@.payout_deposit(text, bigint, text, text) IS
 'credits a user from outside, once a reference, and returns the movement''s id; errors: 22023, 23514, 23505, 22003';
 
-CREATE FUNCTION payout_withdraw(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
+CREATE FUNCTION @extschema@.payout_withdraw(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT payoutq.post('withdrawal', user_id, '@outside', amount, reference, currency)
 $$;
-COMMENT ON FUNCTION payout_withdraw(text, bigint, text, text) IS
+COMMENT ON FUNCTION @extschema@.payout_withdraw(text, bigint, text, text) IS
 'takes from a user''s balance to the outside, once a reference, and returns the movement''s id; errors: 22023, 23514 (also: balance too low), 23505';
 
-CREATE FUNCTION payout_reverse_entry(job_id bigint, user_id text, amount bigint, reason text DEFAULT NULL) RETURNS bigint
+CREATE FUNCTION @extschema@.payout_reverse_entry(job_id bigint, user_id text, amount bigint, reason text DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    job payoutq.job := payoutq.locked_job(job_id);
+    target payoutq.job := payoutq.locked_job(job_id);
     entry payoutq.entry;
     reversed numeric;
     id bigint;
 BEGIN
-    SELECT e.* INTO entry FROM payoutq.entry e WHERE e.job_id = job.id AND e.user_id = user_id;
+    SELECT e.* INTO entry FROM payoutq.entry e WHERE e.job_id = target.id AND e.user_id = user_id;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'job % has no entry for user "%"', job.id, user_id USING ERRCODE = 'undefined_object';
+        RAISE EXCEPTION 'job % has no entry for user "%"', target.id, user_id USING ERRCODE = 'undefined_object';
     END IF;
     IF amount IS NULL OR amount <= 0 THEN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
     END IF;
-    IF NOT EXISTS (SELECT FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'completed'
+    IF NOT EXISTS (SELECT FROM payoutq.batch b WHERE b.job_id = target.id AND b.status = 'completed'
                       AND entry.seq BETWEEN b.first_seq AND b.last_seq) THEN
         RAISE EXCEPTION 'the entry of user "%" is not paid', user_id
             USING ERRCODE = 'object_not_in_prerequisite_state';
@@ -87,24 +87,24 @@ BEGIN
 
     -- The job's lock makes us the only one who counts.
     SELECT coalesce(sum(m.amount), 0) INTO reversed FROM payoutq.movement m
-     WHERE m.job_id = job.id AND m.kind = 'reversal' AND m.entry_seq = entry.seq;
+     WHERE m.job_id = target.id AND m.kind = 'reversal' AND m.entry_seq = entry.seq;
     IF reversed + amount > entry.amount THEN
         RAISE EXCEPTION 'reversals exceed the entry'
             USING ERRCODE = 'check_violation',
                   DETAIL = format('%s of %s are reversed already.', reversed, entry.amount);
     END IF;
 
-    PERFORM payoutq.change_balance(user_id, job.currency, -amount);
-    PERFORM payoutq.change_balance(job.source_account, job.currency, amount);
+    PERFORM payoutq.change_balance(user_id, target.currency, -amount);
+    PERFORM payoutq.change_balance(target.source_account, target.currency, amount);
     INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, reason)
-    VALUES ('reversal', user_id, job.source_account, job.currency, amount, job.id, entry.seq, reason)
+    VALUES ('reversal', user_id, target.source_account, target.currency, amount, target.id, entry.seq, reason)
     RETURNING m.id INTO id;
     RETURN id;
 END $$;
-COMMENT ON FUNCTION payout_reverse_entry(bigint, text, bigint, text) IS
+COMMENT ON FUNCTION @extschema@.payout_reverse_entry(bigint, text, bigint, text) IS
 'takes back a paid entry, or a part of it, to the account that funded the job, and returns the movement''s id; errors: 42704, 55000, 23514 (also: balance too low)';
 
-CREATE FUNCTION payout_statement(user_id text, currency text DEFAULT 'USD')
+CREATE FUNCTION @extschema@.payout_statement(user_id text, currency text DEFAULT 'USD')
 RETURNS TABLE (posted_at timestamptz, kind text, amount bigint, balance bigint, job_id bigint, entry integer,
                reference text, reason text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -131,15 +131,15 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
            l.job_id, l.entry, l.reference, l.reason
       FROM line l ORDER BY l.posted_at, l.movement, l.job_id, l.entry
 $$;
-COMMENT ON FUNCTION payout_statement(text, text) IS
+COMMENT ON FUNCTION @extschema@.payout_statement(text, text) IS
 'the ledger lines of a user in order of time, amounts signed, with the running balance';
 
-CREATE FUNCTION payout_split(pool bigint, weights bigint[]) RETURNS bigint[]
+CREATE FUNCTION @extschema@.payout_split(pool bigint, weights bigint[]) RETURNS bigint[]
 LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
-COMMENT ON FUNCTION payout_split(bigint, bigint[]) IS
+COMMENT ON FUNCTION @extschema@.payout_split(bigint, bigint[]) IS
 'divides the pool in proportion to the weights, to the last unit: shares rounded down, what is left to the largest remainders (Hamilton''s method); errors: 22023, 23514';
 
-CREATE FUNCTION payout_bind_accounts(table_name regclass, key_column name, balance_column name,
+CREATE FUNCTION @extschema@.payout_bind_accounts(table_name regclass, key_column name, balance_column name,
                                      currency text DEFAULT 'USD') RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -180,6 +180,8 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value',
                   DETAIL = 'A user must have one balance.', HINT = 'Create a unique index on it.';
     END IF;
+    -- Waits for the batches that are being paid.
+    LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
     IF EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = payout_bind_accounts.currency) THEN
         RAISE EXCEPTION 'currency "%" is bound already', currency
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Use payout_unbind_accounts() first.';
@@ -193,16 +195,30 @@ BEGIN
     INSERT INTO payoutq.binding (currency, table_name, key_column, balance_column)
     VALUES (currency, table_name, key_column, balance_column);
 END $$;
-COMMENT ON FUNCTION payout_bind_accounts(regclass, name, name, text) IS
+COMMENT ON FUNCTION @extschema@.payout_bind_accounts(regclass, name, name, text) IS
 'keeps the balances of a currency in a table of the application; credits are made as the owner of the table; the key must be unique; for the owner of the table; errors: 22023, 42501, 55000';
 
-CREATE FUNCTION payout_unbind_accounts(currency text DEFAULT 'USD') RETURNS void
+-- The money stays in the application's table, so it leaves our books: what was
+-- credited there is posted back to the outside.
+CREATE FUNCTION @extschema@.payout_unbind_accounts(currency text DEFAULT 'USD') RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    bound regclass;
 BEGIN
-    DELETE FROM payoutq.binding b WHERE b.currency = payout_unbind_accounts.currency;
+    LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
+    DELETE FROM payoutq.binding b WHERE b.currency = currency RETURNING b.table_name INTO bound;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'currency "%" is not bound', currency USING ERRCODE = 'undefined_object';
     END IF;
+
+    INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, reason)
+    SELECT 'unbinding', CASE WHEN sum(l.amount) > 0 THEN l.account ELSE '@outside' END,
+           CASE WHEN sum(l.amount) > 0 THEN '@outside' ELSE l.account END,
+           currency, abs(sum(l.amount)), format('unbound from table %s', bound)
+      FROM @extschema@.payout_ledger l
+     WHERE l.currency = currency AND l.account NOT LIKE '@%'
+     GROUP BY l.account HAVING sum(l.amount) <> 0;
 END $$;
-COMMENT ON FUNCTION payout_unbind_accounts(text) IS
-'keeps the balances of a currency in the extension''s own table again, where they begin at zero; error: 42704';
+COMMENT ON FUNCTION @extschema@.payout_unbind_accounts(text) IS
+'keeps the balances of a currency in the extension''s own table again, where they begin at zero; what is in the application''s table stays there; error: 42704';

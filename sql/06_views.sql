@@ -1,14 +1,14 @@
 -- What a DBA looks at. Views read the storage with the owner's rights; who may
 -- read them is decided by payout_grant().
 
-CREATE VIEW payout_jobs AS
+CREATE VIEW @extschema@.payout_jobs AS
 SELECT s.*, j.kind, j.currency, j.priority, j.batch_size, j.run_at, j.source_account, j.created_by, j.metadata
   FROM payoutq.status s
   JOIN payoutq.job j ON j.id = s.job_id;
-COMMENT ON VIEW payout_jobs IS
+COMMENT ON VIEW @extschema@.payout_jobs IS
 'jobs: status (queued, running, paused, completed, failed, cancelled), counts, progress 0..1, amounts in minor units, when and how';
 
-CREATE VIEW payout_batches AS
+CREATE VIEW @extschema@.payout_batches AS
 SELECT b.job_id, b.batch_no, b.first_seq AS first_entry, b.last_seq AS last_entry,
        CASE WHEN j.status = 'cancelled' AND b.status = 'pending' THEN 'cancelled'
             WHEN b.status = 'pending' AND b.attempts > 0 THEN 'retryable'
@@ -20,41 +20,41 @@ SELECT b.job_id, b.batch_no, b.first_seq AS first_entry, b.last_seq AS last_entr
        b.amount, b.processed_at
   FROM payoutq.batch b
   JOIN payoutq.job j ON j.id = b.job_id;
-COMMENT ON VIEW payout_batches IS
+COMMENT ON VIEW @extschema@.payout_batches IS
 'ranges of entries that are paid in one transaction each: status (pending, retryable, completed, failed, cancelled), attempts, when the next is due, the last error';
 
 -- The batch of an entry is looked up by range: by job or by user, each is one
 -- probe of an index, whatever the statistics say.
-CREATE VIEW payout_entries AS
+CREATE VIEW @extschema@.payout_entries AS
 SELECT e.job_id, e.seq AS entry, e.user_id, e.amount, b.status, b.attempts, b.error,
        j.created_at, b.processed_at, b.error_code, b.batch_no
   FROM payoutq.entry e
   JOIN payoutq.job j ON j.id = e.job_id
- CROSS JOIN LATERAL (SELECT * FROM payout_batches
+ CROSS JOIN LATERAL (SELECT * FROM @extschema@.payout_batches
                       WHERE payout_batches.job_id = e.job_id AND payout_batches.first_entry <= e.seq
                       ORDER BY payout_batches.first_entry DESC LIMIT 1) b;
-COMMENT ON VIEW payout_entries IS
+COMMENT ON VIEW @extschema@.payout_entries IS
 'each person''s share of a job: status (pending, completed, retryable, failed, cancelled) and error are those of its batch; amount in minor units';
 
-CREATE VIEW payout_failed_entries AS
+CREATE VIEW @extschema@.payout_failed_entries AS
 SELECT e.job_id, e.seq AS entry, e.user_id, e.amount, b.status, b.attempts, b.error,
        j.created_at, b.processed_at, b.error_code, b.batch_no
   FROM payoutq.batch failed
-  JOIN payout_batches b ON b.job_id = failed.job_id AND b.batch_no = failed.batch_no
+  JOIN @extschema@.payout_batches b ON b.job_id = failed.job_id AND b.batch_no = failed.batch_no
   JOIN payoutq.job j ON j.id = failed.job_id
  CROSS JOIN LATERAL (SELECT * FROM payoutq.entry
                       WHERE entry.job_id = failed.job_id AND entry.seq BETWEEN failed.first_seq AND failed.last_seq
                      OFFSET 0) e
  WHERE failed.error_code IS NOT NULL AND b.status IN ('failed', 'retryable');
-COMMENT ON VIEW payout_failed_entries IS
+COMMENT ON VIEW @extschema@.payout_failed_entries IS
 'entries that could not be paid: failed for good, or waiting for another try (retryable), with the error';
 
-CREATE VIEW payout_accounts AS
+CREATE VIEW @extschema@.payout_accounts AS
 SELECT user_id, currency, balance FROM payoutq.account;
-COMMENT ON VIEW payout_accounts IS
+COMMENT ON VIEW @extschema@.payout_accounts IS
 'balances in minor units; those of a bound currency are in the application''s table';
 
-CREATE VIEW payout_ledger AS
+CREATE VIEW @extschema@.payout_ledger AS
 SELECT e.user_id AS account, j.currency, e.amount, j.kind, e.job_id, e.seq AS entry,
        j.challenge_id, NULL::bigint AS transfer_id, j.reference, b.processed_at AS posted_at
   FROM payoutq.entry e
@@ -75,8 +75,8 @@ SELECT line.account, m.currency, line.amount, m.kind, m.job_id, m.entry_seq,
   FROM payoutq.movement m
   LEFT JOIN payoutq.job j ON j.id = m.job_id
  CROSS JOIN LATERAL (VALUES (m.debit_account, -m.amount), (m.credit_account, m.amount)) AS line (account, amount);
-COMMENT ON VIEW payout_ledger IS
-'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, funding, fee, release, reversal';
+COMMENT ON VIEW @extschema@.payout_ledger IS
+'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, funding, fee, release, reversal, unbinding';
 
 -- Shared memory knows more than pg_stat_activity, but is there with preload only.
 CREATE FUNCTION payoutq.workers()
@@ -90,12 +90,12 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
      WHERE a.backend_type = 'payoutq worker' AND a.datname = current_database()
        AND a.pid NOT IN (SELECT w.pid FROM payoutq.worker_slots() w WHERE w.pid IS NOT NULL)
 $$;
-CREATE VIEW payout_workers AS
+CREATE VIEW @extschema@.payout_workers AS
 SELECT pid, state, job_id, batch_no, since, batches, entries, last_error FROM payoutq.workers();
-COMMENT ON VIEW payout_workers IS
+COMMENT ON VIEW @extschema@.payout_workers IS
 'workers of this database: what they are doing, since when, and what they have paid since they started';
 
-CREATE VIEW payout_stats AS
+CREATE VIEW @extschema@.payout_stats AS
 SELECT date_trunc('minute', b.processed_at) AS minute,
        count(*) FILTER (WHERE b.status = 'completed') AS batches,
        coalesce(sum(b.last_seq - b.first_seq + 1) FILTER (WHERE b.status = 'completed'), 0)::bigint AS entries,
@@ -105,5 +105,5 @@ SELECT date_trunc('minute', b.processed_at) AS minute,
   FROM payoutq.batch b
  WHERE b.processed_at > now() - interval '24 hours'
  GROUP BY 1 ORDER BY 1;
-COMMENT ON VIEW payout_stats IS
+COMMENT ON VIEW @extschema@.payout_stats IS
 'throughput by minute over the last 24 hours; entries_per_second is averaged over the minute';

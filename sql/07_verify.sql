@@ -121,9 +121,9 @@ SELECT n.check_name, count(c.violation) = 0, count(c.violation), min(c.violation
 $$;
 COMMENT ON FUNCTION payoutq.verify() IS 'see payout_verify()';
 
-CREATE FUNCTION payout_verify() RETURNS TABLE (check_name text, ok boolean, violations bigint, detail text)
+CREATE FUNCTION @extschema@.payout_verify() RETURNS TABLE (check_name text, ok boolean, violations bigint, detail text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT * FROM payoutq.verify()
 $$;
-COMMENT ON FUNCTION payout_verify() IS
+COMMENT ON FUNCTION @extschema@.payout_verify() IS
 'one row for each thing that must always be true of the books: whether it is, how many violations there are, and the first of them; reads everything';

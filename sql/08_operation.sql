@@ -5,19 +5,19 @@ LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_start_worker_sql';
 CREATE FUNCTION payoutq.stop_workers() RETURNS void
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_stop_workers_sql';
 
-CREATE FUNCTION payout_start_worker() RETURNS void
+CREATE FUNCTION @extschema@.payout_start_worker() RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT payoutq.start_worker()
 $$;
-COMMENT ON FUNCTION payout_start_worker() IS
+COMMENT ON FUNCTION @extschema@.payout_start_worker() IS
 'lets workers run in this database again after payout_stop_workers(); without shared_preload_libraries, starts one that looks for work every second until it is stopped';
 
-CREATE FUNCTION payout_stop_workers() RETURNS integer
+CREATE FUNCTION @extschema@.payout_stop_workers() RETURNS integer
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT payoutq.stop_workers();
     SELECT count(pg_terminate_backend(w.pid))::integer FROM payoutq.workers() w WHERE w.pid IS NOT NULL;
 $$;
-COMMENT ON FUNCTION payout_stop_workers() IS
+COMMENT ON FUNCTION @extschema@.payout_stop_workers() IS
 'ends the workers of this database, after the batch each of them is at is rolled back or committed, until payout_start_worker() or a restart of the server; returns how many';
 
 -- Who keeps VACUUM from removing the old versions of balances.
@@ -35,12 +35,12 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     ORDER BY 1 DESC LIMIT 1
 $$;
 
-CREATE VIEW payout_health AS
+CREATE VIEW @extschema@.payout_health AS
 SELECT c.check_name,
        CASE c.bad_when WHEN 'above' THEN c.value <= c.threshold ELSE c.value >= c.threshold END AS ok,
        c.value, c.threshold, c.hint
   FROM (
-    SELECT 'oldest_job', coalesce(round(extract(epoch FROM max(now() - j.run_at))), 0), 3600, 'above',
+    SELECT 'oldest_job', coalesce(round(extract(epoch FROM max(now() - greatest(j.run_at, j.created_at)))), 0), 3600, 'above',
            'seconds that the oldest unfinished job is due; look at payout_jobs and payout_batches'
       FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.run_at <= now()
     UNION ALL
@@ -66,5 +66,5 @@ SELECT c.check_name,
            coalesce('vacuum is held back by ' || max(x.who), 'nobody holds back vacuum')
       FROM payoutq.xmin_holders() x
   ) AS c (check_name, value, threshold, bad_when, hint);
-COMMENT ON VIEW payout_health IS
+COMMENT ON VIEW @extschema@.payout_health IS
 'what to alert on: ok is false when the value is beyond the threshold; xmin_holder is in transactions, and its hint names who';

@@ -1,11 +1,12 @@
 -- Three levels, each with what the one before has. The list is the only place
--- that says who may do what; a test holds it against the catalog.
+-- that says who may do what; a test holds it against the catalog. (A function
+-- in a view is called with the rights of whoever reads it.)
 CREATE FUNCTION payoutq.level_of(object text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.level FROM (VALUES
         ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
                          'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
-                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health']),
+                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'workers', 'xmin_holders']),
         ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
                            'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
                            'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw']),
@@ -40,7 +41,7 @@ BEGIN
     END LOOP;
 END $$;
 
-CREATE FUNCTION payout_grant(role_name regrole, level text) RETURNS void
+CREATE FUNCTION @extschema@.payout_grant(role_name regrole, level text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     levels text[] := CASE level WHEN 'reader' THEN '{reader}' WHEN 'operator' THEN '{reader,operator}'
@@ -52,15 +53,15 @@ BEGIN
     END IF;
     PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
 END $$;
-COMMENT ON FUNCTION payout_grant(regrole, text) IS
+COMMENT ON FUNCTION @extschema@.payout_grant(regrole, text) IS
 'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs, deposit, withdraw), admin (also reverse, bind tables, workers, grant)';
 
-CREATE FUNCTION payout_revoke(role_name regrole) RETURNS void
+CREATE FUNCTION @extschema@.payout_revoke(role_name regrole) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM payoutq.change_grants(role_name, '{reader,operator,admin}', 'REVOKE');
 END $$;
-COMMENT ON FUNCTION payout_revoke(regrole) IS 'takes back what payout_grant() gave';
+COMMENT ON FUNCTION @extschema@.payout_revoke(regrole) IS 'takes back what payout_grant() gave';
 
 -- Nothing for PUBLIC: functions are executable by everybody unless revoked.
 DO $$

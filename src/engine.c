@@ -190,12 +190,14 @@ storage_owner(void)
 
 /*
  * Run one of our statements; its plan is made once a process and kept.
- * Returns the number of rows processed.
+ * Returns the number of rows processed.  Unlike SPI itself, leaves the memory
+ * context alone.
  */
 uint64
 payoutq_execute(EngineStatement *statement, Datum *values, const char *nulls,
 				int expected)
 {
+	MemoryContext caller = CurrentMemoryContext;
 	int			rc;
 
 	if (statement->plan == NULL)
@@ -215,6 +217,7 @@ payoutq_execute(EngineStatement *statement, Datum *values, const char *nulls,
 	if (rc != expected)
 		elog(ERROR, "unexpected result of \"%s\": %s", statement->sql,
 			 SPI_result_code_string(rc));
+	MemoryContextSwitchTo(caller);
 	return SPI_processed;
 }
 

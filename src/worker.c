@@ -101,12 +101,16 @@ static void
 attach(int slot, TimestampTz started)
 {
 	WorkerSlot *worker;
+	DatabaseSlot *database;
+	bool		stopped;
 
 	if (payoutq_shared == NULL)
 		proc_exit(1);
 
 	worker = &payoutq_shared->workers[slot];
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database = payoutq_database_slot(worker->database, false);
+	stopped = database == NULL || database->state == DATABASE_STOPPED;
 	if (worker->state == WORKER_STARTING && worker->since == started)
 	{
 		worker->pid = MyProcPid;
@@ -121,6 +125,8 @@ attach(int slot, TimestampTz started)
 	if (payoutq_my_slot == NULL)
 		proc_exit(0);
 	before_shmem_exit(detach, (Datum) 0);
+	if (stopped)
+		proc_exit(0);
 }
 
 static void
