@@ -43,6 +43,7 @@
 #define LOCK_SPACE_ACCOUNT	0x7072
 
 static Oid	storage_owner(void);
+static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
 
 PG_FUNCTION_INFO_V1(payoutq_lock_job_sql);
@@ -106,7 +107,13 @@ payoutq_turn_commit(EngineState *state)
 		SPI_connect();
 	}
 	else
+	{
 		SPI_commit();
+
+		/* Row locks make us exact; a higher level would only fail more often. */
+		if (XactIsoLevel != XACT_READ_COMMITTED)
+			set_setting("transaction_isolation", "read committed", GUC_ACTION_SET);
+	}
 	MemoryContextSwitchTo(state->context);
 	payoutq_engine_enter(state);
 }

@@ -17,10 +17,12 @@
 #include "commands/dbcommands.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "pgstat.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
 #include "storage/shmem.h"
+#include "utils/backend_status.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
@@ -242,9 +244,19 @@ payoutq_call_for_help(Oid database)
 	return asked;
 }
 
+/* For pg_stat_activity and for payout_workers. */
 void
 payoutq_worker_report(WorkerState state, int64 job_id, int32 batch_no)
 {
+	if (payoutq_is_worker && state == WORKER_WORKING)
+	{
+		char		activity[80];
+
+		snprintf(activity, sizeof(activity), batch_no > 0 ?
+				 "payoutq: job " INT64_FORMAT ", batch %d" :
+				 "payoutq: query of job " INT64_FORMAT, job_id, batch_no);
+		pgstat_report_activity(STATE_RUNNING, activity);
+	}
 	if (payoutq_my_slot == NULL)
 		return;
 	payoutq_my_slot->state = state;

@@ -180,6 +180,7 @@ prepare_session(void)
 			 payoutq_my_slot->resident ? "" : " (helper)");
 	pgstat_report_appname(name);
 	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("statement_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	payoutq_engine_settings_for_process();
@@ -199,7 +200,7 @@ work(long *nap)
 
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
-	pgstat_report_activity(STATE_RUNNING, "payoutq: paying");
+	pgstat_report_activity(STATE_RUNNING, "payoutq: looking for work");
 	if (!extension_exists())
 	{
 		AbortCurrentTransaction();
