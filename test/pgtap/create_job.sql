@@ -2,7 +2,7 @@
 -- everything that they refuse.
 \ir fresh.psql
 BEGIN;
-SELECT plan(100);
+SELECT plan(111);
 
 -- ---------------------------------------------------------------------------
 -- The forms

@@ -1,0 +1,1 @@
+SELECT * FROM payout_job_status(:job);
