@@ -6,7 +6,7 @@
  * the owner of the table in a security-restricted operation, never with the
  * rights of the worker.  Where the owner is a superuser there is nothing to
  * give up, so his table is only changed while all its triggers call functions
- * of superusers too.
+ * of superusers too, and not if it has partitions, which may be somebody else's.
  */
 #include "postgres.h"
 
@@ -200,6 +200,14 @@ check_superuser_table(Relation relation)
 {
 	TriggerDesc *triggers = relation->trigdesc;
 
+	if (relation->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("partitioned table \"%s\" belongs to a superuser",
+						RelationGetRelationName(relation)),
+				 errdetail("Triggers of its partitions would run as a superuser."),
+				 errhint("Give the table to a role that is not a superuser.")));
+
 	for (int i = 0; triggers && i < triggers->numtriggers; i++)
 	{
 		Trigger    *trigger = &triggers->triggers[i];
@@ -282,8 +290,11 @@ bound_sql(const Binding *binding, const char *format)
 	StringInfoData sql;
 	char	   *values[4];
 
-	values[0] = quote_qualified_identifier(get_namespace_name(get_rel_namespace(binding->table)),
-										   get_rel_name(binding->table));
+	/* Children by inheritance have balances of their own. */
+	values[0] = psprintf("%s %s",
+						 get_rel_relkind(binding->table) == RELKIND_RELATION ? "ONLY" : "",
+						 quote_qualified_identifier(get_namespace_name(get_rel_namespace(binding->table)),
+													get_rel_name(binding->table)));
 	values[1] = pstrdup(quote_identifier(binding->key_column));
 	values[2] = pstrdup(quote_identifier(binding->balance_column));
 	values[3] = binding->key_type;

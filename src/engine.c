@@ -3,10 +3,10 @@
  *		The rights, the settings and the statements with which the extension
  *		does its own work, whoever called it.
  *
- * A worker is a superuser and sets everything once.  In a session of a user,
  * payoutq_engine_enter() changes to the owner of the storage tables and pins
  * what a caller could have set against us; payoutq_engine_leave() puts it back,
- * and so does the end of the (sub)transaction after an error.
+ * and so does the end of the (sub)transaction after an error.  The turns of a
+ * worker, which is a superuser and has set everything once, do without.
  *
  * Heavyweight locks, in the order in which they are taken:
  *
@@ -54,10 +54,6 @@ payoutq_engine_enter(EngineState *state)
 {
 	GetUserIdAndSecContext(&state->user_id, &state->sec_context);
 	state->guc_level = NewGUCNestLevel();
-
-	if (payoutq_is_worker)
-		return;
-
 	SetUserIdAndSecContext(storage_owner(),
 						   state->sec_context | SECURITY_LOCAL_USERID_CHANGE);
 	set_engine_settings(GUC_ACTION_SAVE);
@@ -68,6 +64,19 @@ payoutq_engine_leave(EngineState *state)
 {
 	AtEOXact_GUC(true, state->guc_level);
 	SetUserIdAndSecContext(state->user_id, state->sec_context);
+}
+
+static void
+enter_turn(EngineState *state)
+{
+	if (payoutq_is_worker)
+	{
+		GetUserIdAndSecContext(&state->user_id, &state->sec_context);
+		state->guc_level = NewGUCNestLevel();
+	}
+	else
+		payoutq_engine_enter(state);
+	MemoryContextSwitchTo(state->context);
 }
 
 /*
@@ -85,8 +94,7 @@ payoutq_turn_begin(EngineState *state, MemoryContext context)
 	}
 	else
 		SPI_connect_ext(SPI_OPT_NONATOMIC);
-	MemoryContextSwitchTo(context);
-	payoutq_engine_enter(state);
+	enter_turn(state);
 }
 
 /*
@@ -114,8 +122,7 @@ payoutq_turn_commit(EngineState *state)
 		if (XactIsoLevel != XACT_READ_COMMITTED)
 			set_setting("transaction_isolation", "read committed", GUC_ACTION_SET);
 	}
-	MemoryContextSwitchTo(state->context);
-	payoutq_engine_enter(state);
+	enter_turn(state);
 }
 
 /* Commit, and leave the caller in a new transaction. */
