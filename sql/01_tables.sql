@@ -76,7 +76,7 @@ CREATE TABLE payoutq.batch (
     CONSTRAINT batch_range UNIQUE (job_id, first_seq),
     CHECK (first_seq <= last_seq)
 );
-CREATE INDEX batch_pending ON payoutq.batch (job_id, batch_no) WHERE status = 'pending';
+CREATE INDEX batch_pending ON payoutq.batch (job_id, run_after, batch_no) WHERE status = 'pending';
 CREATE INDEX batch_error ON payoutq.batch (job_id, batch_no) WHERE error_code IS NOT NULL;
 CREATE INDEX batch_processed ON payoutq.batch (processed_at) WHERE processed_at IS NOT NULL;
 COMMENT ON TABLE payoutq.batch IS

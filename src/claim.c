@@ -4,9 +4,10 @@
  *
  * Each process keeps a short list of the jobs that have work: higher priority
  * first, and among equals one batch each in turn, so that a job of ten million
- * does not hold up a job of ten.  For each job it remembers the position up to
- * which it has looked; a claim starts there, and so never walks over the
- * batches that are done, nor over their dead index entries.
+ * does not hold up a job of ten.  The batches of a job are taken in the order in
+ * which they are due.  The process remembers the position up to which it has
+ * looked; a claim starts there, and so never walks over the batches that are
+ * done, nor over their dead index entries.
  */
 #include "postgres.h"
 
@@ -31,13 +32,17 @@
 #define BUSY_JOB_WAIT_MS	1000
 #define LOCKED_JOB_WAIT_MS	20
 
+/* How long a list that was full is confined to jobs with something due. */
+#define DUE_ONLY_MS			5000
+
 static ActiveJob *jobs = NULL;	/* in order of priority DESC, id */
 static int	job_count = 0;
 static int64 last_served = 0;
+static TimestampTz due_only_until = 0;
 
 static void read_job(ActiveJob *job, int row, const char *origin);
 static ActiveJob *old_entry(const ActiveJob *job, int *position);
-static bool claim_from(ActiveJob *job, int32 position, Claim *claim);
+static bool claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim);
 static JobWork nothing_claimed(ActiveJob *job);
 
 void
@@ -48,11 +53,15 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		"       origin, currency"
 		"  FROM payoutq.job"
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
+		"   AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
+		"        (SELECT b.run_after FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'pending'"
+		"          ORDER BY b.run_after LIMIT 1), true))"
 		" ORDER BY priority DESC, id LIMIT $3",
-		3, {TIMESTAMPTZOID, INT8OID, INT4OID}
+		4, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID}
 	};
-	Datum		values[] = {TimestampTzGetDatum(GetCurrentTimestamp()),
-		Int64GetDatum(only_job), Int32GetDatum(MAX_ACTIVE_JOBS)};
+	TimestampTz now = GetCurrentTimestamp();
+	Datum		values[] = {TimestampTzGetDatum(now), Int64GetDatum(only_job),
+		Int32GetDatum(MAX_ACTIVE_JOBS), BoolGetDatum(now < due_only_until)};
 	ActiveJob  *fresh;
 	int			count;
 	int			old = 0;
@@ -69,7 +78,8 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		before = old_entry(&fresh[i], &old);
 		if (before == NULL)
 			continue;
-		fresh[i].position = before->position;
+		fresh[i].position_run_after = before->position_run_after;
+		fresh[i].position_batch_no = before->position_batch_no;
 		fresh[i].careful = before->careful;
 		if (!woken)
 			fresh[i].idle_until = before->idle_until;
@@ -79,6 +89,21 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		pfree(jobs);
 	jobs = fresh;
 	job_count = count;
+}
+
+/*
+ * All jobs in the list are idle: is it full, so that others may not be?  Then
+ * it is read again, without those of which all batches wait.
+ */
+bool
+payoutq_list_due_jobs(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (job_count < MAX_ACTIVE_JOBS || now < due_only_until)
+		return false;
+	due_only_until = TimestampTzPlusMilliseconds(now, DUE_ONLY_MS);
+	return true;
 }
 
 static void
@@ -92,6 +117,7 @@ read_job(ActiveJob *job, int row, const char *origin)
 	job->unexpanded = DatumGetBool(payoutq_result(row, 4, &isnull));
 	job->foreign = strcmp(payoutq_result_cstring(row, 5), origin) != 0;
 	strlcpy(job->currency, payoutq_result_cstring(row, 6), NAMEDATALEN);
+	job->position_run_after = DT_NOBEGIN;
 	job->careful = CAREFUL_BATCHES;
 }
 
@@ -168,31 +194,35 @@ payoutq_claim(ActiveJob *job, Claim *claim)
 	if (job->unexpanded)
 		return WORK_EXPAND;
 
-	if (claim_from(job, job->position, claim))
+	if (claim_from(job, job->position_run_after, job->position_batch_no, claim))
 		return WORK_BATCH;
 
-	/* Those that were locked or waiting when we passed them. */
-	if (job->position > 0 && claim_from(job, 0, claim))
+	/* Those that were locked when we passed them. */
+	if (job->position_batch_no > 0 &&
+		claim_from(job, DT_NOBEGIN, 0, claim))
 		return WORK_BATCH;
 
 	return nothing_claimed(job);
 }
 
 static bool
-claim_from(ActiveJob *job, int32 position, Claim *claim)
+claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 {
 	static EngineStatement next = {
-		"SELECT b.batch_no, b.first_seq, b.last_seq, b.amount, b.attempts, b.crashes"
+		"SELECT b.batch_no, b.first_seq, b.last_seq, b.amount, b.attempts, b.crashes, b.run_after"
 		"  FROM payoutq.batch b"
-		" WHERE b.job_id = $1 AND b.batch_no > $2 AND b.status = 'pending' AND b.run_after <= $3"
+		" WHERE b.job_id = $1 AND b.status = 'pending'"
+		"   AND (b.run_after, b.batch_no) > ($2, $3) AND b.run_after <= $4"
 		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
-		" ORDER BY b.batch_no LIMIT 1 FOR UPDATE OF b SKIP LOCKED",
-		3, {INT8OID, INT4OID, TIMESTAMPTZOID}
+		" ORDER BY b.run_after, b.batch_no LIMIT 1 FOR UPDATE OF b SKIP LOCKED",
+		4, {INT8OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID}
 	};
-	Datum		values[] = {Int64GetDatum(job->id), Int32GetDatum(position),
-		TimestampTzGetDatum(GetCurrentTimestamp())};
+	Datum		values[] = {Int64GetDatum(job->id), TimestampTzGetDatum(run_after),
+		Int32GetDatum(batch_no), TimestampTzGetDatum(GetCurrentTimestamp())};
+	bool		isnull;
 
-	job->position = position;
+	job->position_run_after = run_after;
+	job->position_batch_no = batch_no;
 	if (payoutq_execute(&next, values, NULL, SPI_OK_SELECT) == 0)
 		return false;
 
@@ -204,7 +234,8 @@ claim_from(ActiveJob *job, int32 position, Claim *claim)
 	claim->attempts = (int32) payoutq_result_int64(0, 5);
 	claim->crashes = (int32) payoutq_result_int64(0, 6);
 	claim->currency = job->currency;
-	job->position = claim->batch_no;
+	job->position_run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
+	job->position_batch_no = claim->batch_no;
 	return true;
 }
 
@@ -213,7 +244,8 @@ static JobWork
 nothing_claimed(ActiveJob *job)
 {
 	static EngineStatement due = {
-		"SELECT min(run_after) FROM payoutq.batch WHERE job_id = $1 AND status = 'pending'",
+		"SELECT run_after FROM payoutq.batch WHERE job_id = $1 AND status = 'pending'"
+		" ORDER BY run_after LIMIT 1",
 		1, {INT8OID}
 	};
 	Datum		values[] = {Int64GetDatum(job->id)};
@@ -221,13 +253,13 @@ nothing_claimed(ActiveJob *job)
 	TimestampTz run_after;
 	bool		isnull;
 
-	(void) payoutq_execute(&due, values, NULL, SPI_OK_SELECT);
-	run_after = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
-	if (isnull)
+	if (payoutq_execute(&due, values, NULL, SPI_OK_SELECT) == 0)
 	{
 		payoutq_leave_alone(job, BUSY_JOB_WAIT_MS);
 		return WORK_FINISH;
 	}
+
+	run_after = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 
 	/* Due, and yet not claimed: another process is at it. */
 	if (run_after <= now)
@@ -272,6 +304,10 @@ payoutq_next_due(TimestampTz now)
 	due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 	if (isnull)
 		due = 0;
+
+	/* Then not all that wait are in the list. */
+	if (now < due_only_until && (due == 0 || due_only_until < due))
+		due = due_only_until;
 
 	for (int i = 0; i < job_count; i++)
 	{

@@ -18,6 +18,11 @@
 #error "payoutq needs PostgreSQL 15 or later"
 #endif
 
+/* Before a declaration: the function does not return. */
+#ifndef pg_noreturn
+#define pg_noreturn			__attribute__((noreturn))
+#endif
+
 /* A small number that no other live backend has. */
 #if PG_VERSION_NUM >= 170000
 #define MyBackendNumber()	((int) MyProcNumber)

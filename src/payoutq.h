@@ -188,12 +188,14 @@ typedef struct ActiveJob
 	bool		unexpanded;		/* its query was not run */
 	bool		foreign;		/* came in with a restore */
 	char		currency[NAMEDATALEN];
-	int32		position;		/* batches up to here were looked at */
+	TimestampTz position_run_after; /* batches up to here were looked at */
+	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */
 	TimestampTz idle_until;		/* nothing to do before */
 } ActiveJob;
 
 extern void payoutq_refresh_jobs(int64 only_job, bool woken);
+extern bool payoutq_list_due_jobs(void);
 extern ActiveJob *payoutq_next_job(TimestampTz now);
 extern void payoutq_leave_alone(ActiveJob *job, int milliseconds);
 extern JobWork payoutq_claim(ActiveJob *job, Claim *claim);

@@ -80,6 +80,11 @@ payoutq_process(uint64 max_batches, int64 only_job)
 				break;
 			continue;
 		}
+		if (job == NULL && payoutq_list_due_jobs())
+		{
+			just_refreshed = false;
+			continue;
+		}
 		if (job == NULL || !serve(job, &tried))
 			break;
 		if (tried)
@@ -194,8 +199,6 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 			payoutq_worker_count(claim->last_seq - claim->first_seq + 1);
 			break;
 		case BATCH_NOT_PAID:
-			/* It may have become several, and its own number stays the first. */
-			job->position = Min(job->position, claim->batch_no - 1);
 			break;
 		case BATCH_JOB_FAILED:
 			payoutq_turn_commit(state);

@@ -44,7 +44,7 @@ static bool signal_workers(Oid database);
 void
 payoutq_install_utility_hook(void)
 {
-	next_hook = ProcessUtility_hook;
+	next_hook = ProcessUtility_hook ? ProcessUtility_hook : standard_ProcessUtility;
 	ProcessUtility_hook = payoutq_process_utility;
 }
 
@@ -54,7 +54,6 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 						ParamListInfo params, QueryEnvironment *queryEnv,
 						DestReceiver *dest, QueryCompletion *qc)
 {
-	ProcessUtility_hook_type next = next_hook ? next_hook : standard_ProcessUtility;
 	volatile Oid database = affected_database(pstmt->utilityStmt);
 	volatile bool drops = drops_extension(pstmt->utilityStmt);
 	volatile DatabaseState before = DATABASE_FREE;
@@ -65,7 +64,7 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 
 	PG_TRY();
 	{
-		next(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
+		next_hook(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
 	}
 	PG_CATCH();
 	{

@@ -11,6 +11,7 @@
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 
+#include "compat.h"
 #include "payoutq.h"
 
 /* Longer ones would not fit into the index of accounts. */
@@ -23,7 +24,7 @@ static int	compare_winners(const void *a, const void *b);
 static void add_json_winner(Winners *winners, JsonbContainer *object);
 static int64 json_amount(Numeric number, int64 position);
 static JsonbValue *json_field(JsonbContainer *object, const char *name, int64 position);
-static void malformed(int64 position, const char *detail) pg_attribute_noreturn();
+pg_noreturn static void malformed(int64 position, const char *detail);
 
 void
 payoutq_winners_from_arrays(ArrayType *users, ArrayType *amounts, Winners *winners)

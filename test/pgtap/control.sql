@@ -7,12 +7,12 @@ SELECT plan(47);
 -- A job in each state
 -- ---------------------------------------------------------------------------
 
-CREATE TABLE wallet (id text PRIMARY KEY, coins bigint NOT NULL);
-SELECT payout_bind_accounts('wallet', 'id', 'coins', 'GEM');
-ALTER TABLE wallet RENAME COLUMN coins TO gone;
+CREATE TABLE app.wallet (id text PRIMARY KEY, coins bigint NOT NULL);
+SELECT payout_bind_accounts('app.wallet', 'id', 'coins', 'GEM');
+ALTER TABLE app.wallet RENAME COLUMN coins TO gone;
 SELECT payout_create_job('failed', ARRAY['u'], ARRAY[1], currency => 'GEM') AS failed \gset
 CALL payout_process();
-ALTER TABLE wallet RENAME COLUMN gone TO coins;
+ALTER TABLE app.wallet RENAME COLUMN gone TO coins;
 
 SELECT payout_create_job('completed', ARRAY['u'], ARRAY[1]) AS completed \gset
 CALL payout_process(NULL, :completed);
@@ -111,7 +111,7 @@ SELECT is((SELECT status FROM payout_job_status(:later)), 'completed', 'unless i
 -- Retry
 -- ---------------------------------------------------------------------------
 
-INSERT INTO wallet VALUES ('here', 0);
+INSERT INTO app.wallet VALUES ('here', 0);
 SELECT payout_create_job('retry', ARRAY['here', 'late1', 'late2'], ARRAY[1, 2, 3], platform_fee => 9, currency => 'GEM') AS retry \gset
 CALL payout_process(NULL, :retry);
 SELECT payout_trigger_job(:retry);
@@ -127,14 +127,14 @@ CALL payout_process(NULL, :retry);
 SELECT results_eq(format('SELECT status, completed_count, failed_count FROM payout_job_status(%s)', :retry),
     $$VALUES ('completed', 1::bigint, 2::bigint)$$, 'two entries have failed for good');
 
-INSERT INTO wallet VALUES ('late1', 0);
+INSERT INTO app.wallet VALUES ('late1', 0);
 SELECT is(payout_retry_job(:retry), 2::bigint, 'both are queued again');
 SELECT results_eq(format('SELECT status, completed_count, failed_count, pending_count FROM payout_job_status(%s)', :retry),
     $$VALUES ('running', 1::bigint, 0::bigint, 2::bigint)$$, 'the job runs again');
 CALL payout_process(NULL, :retry);
-SELECT results_eq('SELECT id, coins FROM wallet ORDER BY id', $$VALUES ('here', 1::bigint), ('late1', 2)$$,
+SELECT results_eq('SELECT id, coins FROM app.wallet ORDER BY id', $$VALUES ('here', 1::bigint), ('late1', 2)$$,
     'who can be paid now is, who was is not again');
-INSERT INTO wallet VALUES ('late2', 0);
+INSERT INTO app.wallet VALUES ('late2', 0);
 SELECT is(payout_retry_job(:retry), 1::bigint, 'a retry counts those that wait for another try');
 CALL payout_process(NULL, :retry);
 SELECT results_eq(format('SELECT status, completed_count, failed_count, progress FROM payout_job_status(%s)', :retry),
@@ -143,7 +143,7 @@ SELECT is(payout_balance('@platform', 'GEM'), 9::bigint, 'and the fee was taken 
 SELECT is(payout_retry_job(:retry), 0::bigint, 'there is nothing to retry any more');
 SELECT is((SELECT status FROM payout_job_status(:retry)), 'completed', 'so the job stays completed');
 
-INSERT INTO wallet VALUES ('u', 0);
+INSERT INTO app.wallet VALUES ('u', 0);
 SELECT is(payout_retry_job(:failed), 1::bigint, 'a job that could not run is retried with all its entries');
 CALL payout_process(NULL, :failed);
 SELECT results_eq(format('SELECT status, completed_count, error FROM payout_job_status(%s)', :failed),

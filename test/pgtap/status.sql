@@ -117,9 +117,9 @@ SELECT is((SELECT progress FROM payout_job_status(:job)), 1::numeric, 'until it 
 -- Entries that fail
 -- ---------------------------------------------------------------------------
 
-CREATE TABLE wallet (id text PRIMARY KEY, coins bigint NOT NULL);
-INSERT INTO wallet VALUES ('here', 0);
-SELECT payout_bind_accounts('wallet', 'id', 'coins', 'GEM');
+CREATE TABLE app.wallet (id text PRIMARY KEY, coins bigint NOT NULL);
+INSERT INTO app.wallet VALUES ('here', 0);
+SELECT payout_bind_accounts('app.wallet', 'id', 'coins', 'GEM');
 SELECT payout_create_job('gone', ARRAY['here', 'gone'], ARRAY[3, 4], currency => 'GEM') AS job \gset
 CALL payout_process(NULL, :job);
 SELECT results_eq(
@@ -141,7 +141,7 @@ SELECT results_eq(
     $$VALUES ('completed', 2::bigint, 1::bigint, 1::bigint, 0::bigint, 1::numeric, 3::bigint)$$,
     'a job with an entry that failed for good is completed');
 
-DROP TABLE wallet;
+DROP TABLE app.wallet;
 SELECT payout_create_job('stopped', ARRAY['here'], ARRAY[3], currency => 'GEM') AS job \gset
 CALL payout_process(NULL, :job);
 SELECT results_eq(
