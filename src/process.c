@@ -12,6 +12,8 @@
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "pgstat.h"
+#include "storage/ipc.h"
+#include "storage/pmsignal.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -61,6 +63,10 @@ payoutq_process(uint64 max_batches, int64 only_job)
 		bool		tried = false;
 
 		CHECK_FOR_INTERRUPTS();
+
+		/* While there is work nobody waits, and so nobody notices otherwise. */
+		if (!PostmasterIsAlive())
+			proc_exit(1);
 		MemoryContextReset(turn_context);
 
 		if ((job == NULL && !just_refreshed) || newest != generation ||
