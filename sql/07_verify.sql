@@ -38,8 +38,8 @@ WITH counted AS MATERIALIZED (
 ), escrow AS (
     SELECT j.id, coalesce(m.amount, 0) - coalesce(c.paid, 0) AS balance, j.status, j.total_winners,
            j.amount - coalesce(c.paid, 0) AS unpaid,
-           j.platform_fee * (NOT EXISTS (SELECT FROM payoutq.movement f
-                                          WHERE f.job_id = j.id AND f.kind = 'fee'))::integer AS unposted_fee
+           j.platform_fee * (j.status <> 'completed' AND NOT EXISTS (
+               SELECT FROM payoutq.movement f WHERE f.job_id = j.id AND f.kind = 'fee'))::integer AS unposted_fee
       FROM payoutq.job j
       LEFT JOIN counted c ON c.job_id = j.id
       LEFT JOIN moved m ON m.account = '@job:' || j.id AND m.currency = j.currency
