@@ -32,6 +32,7 @@ our @EXPORT = qw(
   start_node
   create_db_with_extension
   create_job
+  slow_down
   wait_for
   wait_for_job
   paid_once_ok
@@ -50,8 +51,8 @@ our @EXPORT = qw(
 =item start_node($name, %options)
 
 Starts a server and returns it.  Options: C<preload>, the value of
-shared_preload_libraries (payoutq; empty to go without), and C<conf>, more
-lines of configuration.
+shared_preload_libraries (payoutq; empty to go without), C<conf>, more lines
+of configuration, and C<streaming>, true for a server that can have standbys.
 
 =cut
 
@@ -61,7 +62,7 @@ sub start_node
 	my $preload = $options{preload} // 'payoutq';
 	my $node = PostgreSQL::Test::Cluster->new($name);
 
-	$node->init;
+	$node->init(allows_streaming => $options{streaming} // 0);
 
 	# The module turns restart_after_crash off; a test that kills a worker
 	# wants what users have.
@@ -109,6 +110,28 @@ sub create_job
 		SELECT payout_create_job('$reference', array_agg('$prefix' || i),
 		                         array_agg(i::bigint)$args)
 		FROM generate_series(1, $n) i});
+}
+
+=item slow_down($node, $db)
+
+Makes a batch take some milliseconds, by work that is done while its accounts
+are changed, so that a job lasts long enough to be disturbed.
+
+=cut
+
+sub slow_down
+{
+	my ($node, $db) = @_;
+
+	$node->safe_psql($db, q{
+		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			PERFORM count(*) FROM pg_catalog.generate_series(1, 20000);
+			RETURN NULL;
+		END $$;
+		CREATE TRIGGER slow AFTER INSERT OR UPDATE ON payoutq.account
+			FOR EACH STATEMENT EXECUTE FUNCTION slow()});
+	return;
 }
 
 =item wait_for($node, $db, $query, $expected, $limit)

@@ -1,0 +1,145 @@
+-- payout_verify(): true for books that were only written by the extension; and
+-- each of its checks sees what it is there to see.
+\ir fresh.psql
+
+-- Books with something of everything
+CREATE TABLE app.wallet (id text PRIMARY KEY, coins bigint DEFAULT 0);
+INSERT INTO app.wallet VALUES ('here');
+SELECT payout_bind_accounts('app.wallet', 'id', 'coins', 'GEM') \g /dev/null
+SELECT payout_deposit('rich', 100000, 'd1') \g /dev/null
+SELECT payout_deposit('u5', 3, 'd3') \g /dev/null
+SELECT payout_deposit('euro', 500, 'd2', 'EUR') \g /dev/null
+SELECT payout_withdraw('rich', 100, 'w1') \g /dev/null
+SELECT payout_create_job('paid', array_agg('u' || i), array_agg(i), platform_fee => 7, batch_size => 4, source_account => 'rich') AS paid
+  FROM generate_series(1, 10) i \gset
+SELECT payout_create_job('gone', ARRAY['here', 'gone'], ARRAY[1, 2], currency => 'GEM') AS gone \gset
+SELECT payout_create_job('euro', ARRAY['euro'], ARRAY[50], currency => 'EUR', source_account => 'euro') \g /dev/null
+CALL payout_process();
+SELECT payout_reverse_entry(:paid, 'u5', 3) \g /dev/null
+SELECT payout_create_job('half', array_agg('u' || i), array_agg(i * 10), platform_fee => 5, total_pool => 1000, batch_size => 2) AS half
+  FROM generate_series(1, 8) i \gset
+CALL payout_process(2, :half);
+SELECT payout_create_job('cancelled', ARRAY['u1'], ARRAY[1]) AS cancelled \gset
+SELECT payout_cancel_job(:cancelled) \g /dev/null
+SELECT payout_create_job('queued', ARRAY['u1'], ARRAY[1], platform_fee => 1) AS queued \gset
+SELECT payout_create_job_from('query', 'SELECT ''u'' AS user_id, 1 AS amount', run_at => '2100-01-01') \g /dev/null
+
+BEGIN;
+SELECT plan(31);
+
+SELECT results_eq('SELECT check_name, ok, violations, detail FROM payout_verify()',
+    $$SELECT n, true, 0::bigint, NULL::text
+        FROM unnest(ARRAY['job_amounts', 'ledger_balanced', 'account_balances', 'batches_cover_entries', 'job_counters',
+                          'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'sequences']) n$$,
+    'all checks hold');
+SELECT set_eq('SELECT DISTINCT status FROM payout_jobs', ARRAY['queued', 'running', 'completed', 'cancelled'],
+    'of jobs in many states');
+SELECT isnt_empty('SELECT FROM payout_failed_entries', 'with an entry that failed');
+
+-- Which checks turn false when somebody tampers with the tables; undone again
+CREATE FUNCTION pg_temp.after(VARIADIC statements text[]) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    result text;
+    statement text;
+    touched bigint;
+BEGIN
+    -- as a superuser can who means harm: the append-only triggers do not fire
+    PERFORM set_config('session_replication_role', 'replica', true);
+    FOREACH statement IN ARRAY statements LOOP
+        EXECUTE statement;
+        GET DIAGNOSTICS touched = ROW_COUNT;
+        IF touched = 0 AND statement !~ '^ALTER' THEN
+            RAISE EXCEPTION 'nothing was changed by: %', statement;
+        END IF;
+    END LOOP;
+    SELECT coalesce(string_agg(check_name || ' ' || violations, ', '), 'none') INTO result FROM payout_verify() WHERE NOT ok;
+    RAISE SQLSTATE 'UNDO0' USING MESSAGE = result;
+EXCEPTION WHEN SQLSTATE 'UNDO0' THEN
+    RETURN SQLERRM;
+END $$;
+
+-- job_amounts
+SELECT is(pg_temp.after(format('UPDATE payoutq.job SET total_pool = amount + platform_fee - 1 WHERE id = %s', :half)),
+    'job_amounts 1', 'a pool that is smaller than amounts and fee');
+SELECT is(pg_temp.after(format('UPDATE payoutq.batch SET amount = amount + 1 WHERE job_id = %s AND batch_no = 4', :half)),
+    'job_amounts 1', 'a batch with another amount than its entries');
+SELECT matches(pg_temp.after(format('UPDATE payoutq.entry SET amount = amount + 1 WHERE job_id = %s AND seq = 8', :half)),
+    'job_amounts 1', 'an entry with another amount');
+
+-- ledger_balanced: what was posted to users is not what left the escrow
+SELECT is(pg_temp.after(format('UPDATE payoutq.entry SET amount = amount + 1 WHERE job_id = %s AND seq = 1', :half),
+                        format('UPDATE payoutq.entry SET amount = amount - 1 WHERE job_id = %s AND seq = 8', :half),
+                        'UPDATE payoutq.account SET balance = balance + 1 WHERE user_id = ''u1'''),
+    'ledger_balanced 1', 'an amount moved from an unpaid entry to a paid one');
+
+-- account_balances
+SELECT is(pg_temp.after('UPDATE payoutq.account SET balance = balance + 1 WHERE user_id = ''u1'''),
+    'account_balances 1', 'a balance that is higher');
+SELECT is(pg_temp.after('UPDATE payoutq.account SET balance = 0 WHERE user_id IN (''u1'', ''u2'')'),
+    'account_balances 2', 'two balances that are lower');
+SELECT is(pg_temp.after('DELETE FROM payoutq.account WHERE user_id = ''u1'''),
+    'account_balances 1', 'an account that is gone');
+SELECT is(pg_temp.after('INSERT INTO payoutq.account VALUES (''new'', ''USD'', 5)'),
+    'account_balances 1', 'an account without a ledger line');
+SELECT is(pg_temp.after('UPDATE payoutq.account SET currency = ''EUR'' WHERE user_id = ''u1'''),
+    'account_balances 2', 'an account in another currency');
+SELECT is(pg_temp.after('DELETE FROM payoutq.movement WHERE kind = ''deposit'' AND credit_account = ''rich'''),
+    'account_balances 1', 'a deposit that is gone');
+SELECT is(pg_temp.after('UPDATE payoutq.movement SET amount = amount - 1 WHERE kind = ''withdrawal'''),
+    'account_balances 1', 'a withdrawal of another amount');
+
+-- batches_cover_entries
+SELECT is(pg_temp.after(format('UPDATE payoutq.batch SET first_seq = first_seq + 1 WHERE job_id = %s AND batch_no = 4', :half)),
+    'batches_cover_entries 2', 'an entry in no batch');
+SELECT is(pg_temp.after(format('UPDATE payoutq.batch SET last_seq = last_seq + 1 WHERE job_id = %s AND batch_no = 3', :half)),
+    'batches_cover_entries 2', 'an entry in two batches');
+SELECT matches(pg_temp.after(format('DELETE FROM payoutq.batch WHERE job_id = %s AND batch_no = 4', :half)),
+    'batches_cover_entries', 'a batch that is gone');
+SELECT matches(pg_temp.after(format('INSERT INTO payoutq.entry SELECT job_id, 1, 9, ''u99'' FROM payoutq.entry WHERE job_id = %s AND seq = 1', :half)),
+    'batches_cover_entries', 'an entry more');
+SELECT is(pg_temp.after(format('UPDATE payoutq.job SET total_winners = 9 WHERE id = %s', :half)),
+    'batches_cover_entries 1', 'a job with another number of winners');
+
+-- job_counters
+SELECT is(pg_temp.after(format('UPDATE payoutq.progress SET failed = failed + 1 WHERE job_id = %s', :half)),
+    'job_counters 1', 'a failed entry that was not counted');
+SELECT is(pg_temp.after(format('UPDATE payoutq.progress SET completed = completed - 1 WHERE job_id = %s', :half)),
+    'job_counters 1', 'a completed entry that was not counted');
+SELECT matches(pg_temp.after(format('UPDATE payoutq.batch SET status = ''completed'', processed_at = now() WHERE job_id = %s AND batch_no = 4', :half)),
+    'job_counters 1', 'a batch that was completed by hand');
+
+-- completed_jobs
+SELECT is(pg_temp.after(format('UPDATE payoutq.job SET status = ''completed'' WHERE id = %s', :half)),
+    'completed_jobs 1', 'a job completed with entries pending');
+
+-- job_escrow
+SELECT is(pg_temp.after(format('DELETE FROM payoutq.movement WHERE kind = ''funding'' AND job_id = %s', :half)),
+    'job_escrow 1', 'a job that was not funded');
+SELECT is(pg_temp.after(format('UPDATE payoutq.job SET status = ''cancelled'' WHERE id = %s', :half)),
+    'job_escrow 1', 'a job that was cancelled and has kept its money');
+SELECT is(pg_temp.after(format('DELETE FROM payoutq.movement WHERE kind = ''fee'' AND job_id = %s', :paid)),
+    'job_escrow 1', 'a completed job that has not given the platform its fee');
+
+-- reversals
+SELECT is(pg_temp.after(format($$INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, entry_seq)
+                                 VALUES ('reversal', 'u5', 'rich', 'USD', 3, %s, 6)$$, :paid),
+                        'UPDATE payoutq.account SET balance = balance - 3 WHERE user_id = ''u5''',
+                        'UPDATE payoutq.account SET balance = balance + 3 WHERE user_id = ''rich'''),
+    'reversals 1', 'reversals of more than the entry');
+
+-- balances_not_negative
+SELECT is(pg_temp.after('ALTER TABLE payoutq.account DROP CONSTRAINT account_balance_not_negative',
+                        $$INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount)
+                          VALUES ('withdrawal', 'debtor', '@outside', 'USD', 1)$$,
+                        'INSERT INTO payoutq.account VALUES (''debtor'', ''USD'', -1)'),
+    'balances_not_negative 1', 'a user below zero');
+SELECT is(pg_temp.after($$INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount)
+                          VALUES ('deposit', '@platform', '@outside', 'USD', 1000)$$),
+    'balances_not_negative 1', 'the platform below zero');
+
+-- sequences
+SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.job_id_seq RESTART', 'ALTER SEQUENCE payoutq.movement_id_seq RESTART'),
+    'sequences 2', 'sequences that would give out ids again');
+
+SELECT finish();
+ROLLBACK;

@@ -1,0 +1,92 @@
+# SIGKILL at random moments, of a worker, of the postmaster, or of all
+# processes at once: the job goes on, and everybody is paid exactly once.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(usleep);
+
+my $entries = 60_000;
+my $kills = 21;
+
+my $seed = $ENV{PAYOUTQ_TEST_SEED} // 20261122;
+note("PAYOUTQ_TEST_SEED=$seed");
+srand($seed);
+
+my $node = start_node('main', conf => 'log_checkpoints = off');
+create_db_with_extension($node, 'app');
+
+# Half of the accounts are there already, so batches insert and update.
+$node->safe_psql('app', qq{
+	SELECT count(payout_deposit('u' || i, 5, 'deposit ' || i))
+	FROM generate_series(1, $entries / 2) i});
+slow_down($node, 'app');
+my $job = create_job($node, 'app', 'crashes', $entries, args => 'batch_size => 20');
+
+my @how = ('worker', 'worker', 'all', 'worker', 'worker', 'postmaster', 'worker');
+my $unpaid = 0;
+foreach my $n (1 .. $kills)
+{
+	# Somewhere within the next part of the job.
+	my $at = int($entries * 0.95 * ($n - rand()) / $kills);
+	wait_for($node, 'app', "SELECT completed_count >= $at FROM payout_job_status($job)")
+	  or last;
+
+	my $how = $how[ $n % @how ];
+	crash($how);
+	my $paid = $node->safe_psql('app',
+		"SELECT completed_count FROM payout_job_status($job)");
+	books_ok($node, 'app', "kill $n ($how), $paid paid");
+	$unpaid = $entries - $paid;
+}
+cmp_ok($unpaid, '>', 0, 'the last kill was before the end');
+
+ok(wait_for_job($node, 'app', $job), 'the job is completed after all');
+is($node->safe_psql('app', qq{
+		SELECT completed_count, failed_count, amount_paid
+		FROM payout_job_status($job)}),
+	"$entries|0|" . $entries * ($entries + 1) / 2,
+	'all entries are paid');
+is($node->safe_psql('app', qq{
+		SELECT count(*), count(*) FILTER (WHERE balance <>
+		       substr(user_id, 2)::int +
+		       CASE WHEN substr(user_id, 2)::int <= $entries / 2 THEN 5 ELSE 0 END)
+		FROM payout_accounts}),
+	"$entries|0",
+	'everybody has his share, once');
+books_ok($node, 'app', 'at the end');
+unlike(slurp_file($node->logfile), qr/PANIC|TRAP:/, 'nothing worse in the log');
+
+$node->stop;
+done_testing();
+
+# Returns when the server answers again.
+sub crash
+{
+	my ($how) = @_;
+
+	if ($how eq 'worker')
+	{
+		kill9(worker_pid($node, 'app'));
+	}
+	else
+	{
+		my @children = split /\n/,
+		  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
+
+		$node->kill9;
+		kill('KILL', @children) if $how eq 'all';
+
+		# What is left of the old server must go before a new one can start.
+		my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
+		usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
+		$node->start;
+	}
+	wait_for($node, 'app', 'SELECT true');
+	return;
+}
