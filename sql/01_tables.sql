@@ -112,7 +112,7 @@ CREATE TABLE payoutq.binding (
     table_name     regclass NOT NULL,
     key_column     name NOT NULL,
     balance_column name NOT NULL,
-    created_by     name NOT NULL DEFAULT session_user,
+    created_by     name NOT NULL,
     created_at     timestamptz NOT NULL DEFAULT now()
 );
 COMMENT ON TABLE payoutq.binding IS
@@ -130,7 +130,7 @@ CREATE TABLE payoutq.movement (
     entry_seq      integer,
     reference      text UNIQUE,
     reason         text,
-    posted_at      timestamptz NOT NULL DEFAULT now(),
+    posted_at      timestamptz NOT NULL DEFAULT clock_timestamp(),  -- after the accounts were locked
     CHECK (debit_account <> credit_account)
 );
 CREATE INDEX movement_debit ON payoutq.movement (debit_account, currency);

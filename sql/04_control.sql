@@ -39,7 +39,7 @@ BEGIN
     IF target.status IN ('completed', 'cancelled') THEN
         PERFORM payoutq.refuse_state(target, 'cancelled');
     END IF;
-    rest := payoutq.system_balance(escrow, target.currency);
+    rest := payoutq.latest_system_balance(escrow, target.currency);
     IF rest > 0 THEN
         PERFORM payoutq.change_balance(target.source_account, target.currency, rest);
         INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, reason)
@@ -73,10 +73,15 @@ BEGIN
         UPDATE payoutq.batch b
            SET status = 'pending', attempts = 0, crashes = 0, run_after = clock_timestamp(),
                processed_at = NULL, error_code = NULL, error = NULL
-         WHERE b.job_id = target.id AND b.status <> 'completed'
-           AND (b.status = 'failed' OR b.attempts > 0 OR b.crashes > 0 OR target.status = 'failed')
+         WHERE b.job_id = target.id AND (b.status = 'failed' OR b.status = 'pending' AND b.error_code IS NOT NULL)
         RETURNING b.last_seq - b.first_seq + 1 AS entries)
     SELECT coalesce(sum(entries), 0) INTO queued FROM again;
+
+    -- What was not tried before the job failed goes first now: it is due longer.
+    IF target.status = 'failed' THEN
+        SELECT coalesce(sum(b.last_seq - b.first_seq + 1), 0) INTO queued
+          FROM payoutq.batch b WHERE b.job_id = target.id AND b.status = 'pending';
+    END IF;
 
     IF target.status = 'failed' OR (target.status = 'completed' AND queued > 0) THEN
         UPDATE payoutq.job
@@ -98,10 +103,12 @@ BEGIN
     IF target.status NOT IN ('queued', 'running') THEN
         PERFORM payoutq.refuse_state(target, 'triggered');
     END IF;
-    UPDATE payoutq.job SET run_at = clock_timestamp() WHERE id = target.id AND run_at > clock_timestamp();
+    -- A restored job goes on, whatever payout_verify() says.
+    UPDATE payoutq.job SET run_at = least(run_at, clock_timestamp()), origin = payoutq.origin(), error = NULL
+     WHERE id = target.id;
     UPDATE payoutq.batch b SET run_after = clock_timestamp()
      WHERE b.job_id = target.id AND b.status = 'pending' AND b.run_after > clock_timestamp();
     PERFORM payoutq.wake();
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_trigger_job(bigint) IS
-'runs a job now, whatever its run_at and the backoff of its batches say; errors: 42704, 55000';
+'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 42704, 55000';

@@ -30,15 +30,16 @@ BEGIN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
     END IF;
 
-    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
-    VALUES (kind, debit, credit, currency, amount, reference)
-    ON CONFLICT ON CONSTRAINT movement_reference_key DO NOTHING RETURNING m.id INTO id;
-    IF id IS NOT NULL THEN
+    PERFORM payoutq.lock_reference(reference);
+    SELECT m.* INTO posted FROM payoutq.movement m WHERE m.reference = reference;
+    IF NOT FOUND THEN
         PERFORM payoutq.change_balance(user_id, currency, CASE kind WHEN 'deposit' THEN amount ELSE -amount END);
+        INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
+        VALUES (kind, debit, credit, currency, amount, reference)
+        RETURNING m.id INTO id;
         RETURN id;
     END IF;
 
-    SELECT m.* INTO STRICT posted FROM payoutq.movement m WHERE m.reference = reference;
     IF (posted.kind, posted.debit_account, posted.credit_account, posted.currency, posted.amount)
        IS DISTINCT FROM (kind, debit, credit, currency, amount) THEN
         RAISE EXCEPTION 'reference "%" is taken by movement %', reference, posted.id
@@ -139,9 +140,28 @@ LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
 COMMENT ON FUNCTION @extschema@.payout_split(bigint, bigint[]) IS
 'divides the pool in proportion to the weights, to the last unit: shares rounded down, what is left to the largest remainders (Hamilton''s method); errors: 22023, 23514';
 
+-- A binding hides other balances, so what it counts must be what is committed.
+CREATE FUNCTION payoutq.lock_bindings() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'bindings can only be changed at isolation level READ COMMITTED'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    -- Waits for the batches that are being paid.
+    LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_bind_accounts(table_name regclass, key_column name, balance_column name,
                                      currency text DEFAULT 'USD') RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE C AS 'MODULE_PATHNAME', 'payout_bind_accounts';
+COMMENT ON FUNCTION @extschema@.payout_bind_accounts(regclass, name, name, text) IS
+'keeps the balances of a currency in a table of the application; credits are made as the owner of the table; the key must be unique; for the owner of the table; errors: 22023, 42501, 55000';
+
+-- Its caller has seen that the table is the user's own.
+CREATE FUNCTION payoutq.bind_accounts(table_name regclass, key_column name, balance_column name, currency text, created_by name)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     tab pg_class;
     key pg_attribute;
@@ -156,8 +176,9 @@ BEGIN
     IF currency IS NULL OR currency = '' OR tab.oid IS NULL THEN
         RAISE EXCEPTION 'table_name and currency must not be null or empty' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF NOT pg_has_role(session_user, tab.relowner, 'USAGE') THEN
-        RAISE EXCEPTION 'must be owner of table %', table_name USING ERRCODE = 'insufficient_privilege';
+    IF tab.relnamespace IN ('payoutq'::regnamespace, 'pg_catalog'::regnamespace) THEN
+        RAISE EXCEPTION '% cannot be bound', table_name
+            USING ERRCODE = 'insufficient_privilege', DETAIL = 'It is not a table of an application.';
     END IF;
     IF tab.relkind NOT IN ('r', 'p') OR tab.relpersistence = 't' THEN
         RAISE EXCEPTION '% cannot be bound', table_name
@@ -180,23 +201,20 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value',
                   DETAIL = 'A user must have one balance.', HINT = 'Create a unique index on it.';
     END IF;
-    -- Waits for the batches that are being paid.
-    LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
-    IF EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = payout_bind_accounts.currency) THEN
+    PERFORM payoutq.lock_bindings();
+    IF EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = bind_accounts.currency) THEN
         RAISE EXCEPTION 'currency "%" is bound already', currency
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Use payout_unbind_accounts() first.';
     END IF;
-    IF EXISTS (SELECT FROM payoutq.account a WHERE a.currency = payout_bind_accounts.currency AND a.balance > 0) THEN
+    IF EXISTS (SELECT FROM payoutq.account a WHERE a.currency = bind_accounts.currency AND a.balance > 0) THEN
         RAISE EXCEPTION 'there are balances in currency "%" already', currency
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   DETAIL = 'They would no longer be seen.', HINT = 'Withdraw them first.';
     END IF;
 
-    INSERT INTO payoutq.binding (currency, table_name, key_column, balance_column)
-    VALUES (currency, table_name, key_column, balance_column);
+    INSERT INTO payoutq.binding (currency, table_name, key_column, balance_column, created_by)
+    VALUES (currency, table_name, key_column, balance_column, created_by);
 END $$;
-COMMENT ON FUNCTION @extschema@.payout_bind_accounts(regclass, name, name, text) IS
-'keeps the balances of a currency in a table of the application; credits are made as the owner of the table; the key must be unique; for the owner of the table; errors: 22023, 42501, 55000';
 
 -- The money stays in the application's table, so it leaves our books: what was
 -- credited there is posted back to the outside.
@@ -206,7 +224,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     bound regclass;
 BEGIN
-    LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
+    PERFORM payoutq.lock_bindings();
     DELETE FROM payoutq.binding b WHERE b.currency = currency RETURNING b.table_name INTO bound;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'currency "%" is not bound', currency USING ERRCODE = 'undefined_object';

@@ -49,8 +49,10 @@ SELECT e.job_id, e.seq AS entry, e.user_id, e.amount, b.status, b.attempts, b.er
 COMMENT ON VIEW @extschema@.payout_failed_entries IS
 'entries that could not be paid: failed for good, or waiting for another try (retryable), with the error';
 
+-- WITH, so that the server does not make the view updatable.
 CREATE VIEW @extschema@.payout_accounts AS
-SELECT user_id, currency, balance FROM payoutq.account;
+WITH account AS NOT MATERIALIZED (SELECT user_id, currency, balance FROM payoutq.account)
+SELECT user_id, currency, balance FROM account;
 COMMENT ON VIEW @extschema@.payout_accounts IS
 'balances in minor units; those of a bound currency are in the application''s table';
 

@@ -47,6 +47,10 @@ SELECT c.check_name,
     SELECT 'failed_jobs', count(*), 0, 'above', 'jobs that could not run; mend the cause, then payout_retry_job()'
       FROM payoutq.job j WHERE j.status = 'failed'
     UNION ALL
+    SELECT 'restored_jobs', count(*), 0, 'above',
+           'jobs that came in with a restore and wait until payout_verify() is satisfied, or for payout_trigger_job()'
+      FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.origin <> payoutq.origin()
+    UNION ALL
     SELECT 'failed_entries', coalesce(sum(p.failed), 0), 0, 'above',
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
       FROM payoutq.progress p

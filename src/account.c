@@ -11,7 +11,6 @@
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
-#include "utils/snapmgr.h"
 
 #include "utils/array.h"
 #include "payoutq.h"
@@ -30,9 +29,11 @@ static void credit_own(const Claim *claim, const BatchEntries *entries);
 static void keep_uncredited(const AmountsDue *state, Datum *users, Datum *amounts);
 static void change_user(const char *account, const char *currency, int64 amount);
 static void change_system(const char *account, const char *currency, int64 amount);
+static int64 latest_system_balance(const char *account, const char *currency);
 static void balance_too_low(const char *account, const char *currency, int64 amount);
 
 PG_FUNCTION_INFO_V1(payoutq_change_balance_sql);
+PG_FUNCTION_INFO_V1(payoutq_latest_balance_sql);
 PG_FUNCTION_INFO_V1(payoutq_user_balance_sql);
 PG_FUNCTION_INFO_V1(payoutq_amount_due);
 
@@ -239,22 +240,24 @@ change_user(const char *account, const char *currency, int64 amount)
 static void
 change_system(const char *account, const char *currency, int64 amount)
 {
-	Oid			argtypes[] = {TEXTOID, TEXTOID};
-	Datum		values[] = {CStringGetTextDatum(account),
-	CStringGetTextDatum(currency)};
-	SPIPlanPtr	plan;
-
 	if (amount >= 0 || strcmp(account, "@outside") == 0)
 		return;
 
 	payoutq_lock_account(account, currency);
-	plan = SPI_prepare("SELECT payoutq.system_balance($1, $2)", 2, argtypes);
-	if (plan == NULL ||
-		SPI_execute_snapshot(plan, values, NULL, GetLatestSnapshot(),
-							 InvalidSnapshot, true, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the balance of \"%s\"", account);
-	if (payoutq_result_int64(0, 1) < -amount)
+	if (latest_system_balance(account, currency) < -amount)
 		balance_too_low(account, currency, amount);
+}
+
+static int64
+latest_system_balance(const char *account, const char *currency)
+{
+	static EngineStatement balance = {
+		"SELECT payoutq.system_balance($1, $2)", 2, {TEXTOID, TEXTOID}
+	};
+	Datum		values[] = {CStringGetTextDatum(account), CStringGetTextDatum(currency)};
+
+	(void) payoutq_select_latest(&balance, values);
+	return payoutq_result_int64(0, 1);
 }
 
 static void
@@ -280,6 +283,21 @@ payoutq_change_balance_sql(PG_FUNCTION_ARGS)
 	payoutq_engine_leave(&state);
 	SPI_finish();
 	PG_RETURN_VOID();
+}
+
+Datum
+payoutq_latest_balance_sql(PG_FUNCTION_ARGS)
+{
+	EngineState state;
+	int64		balance;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	balance = latest_system_balance(text_to_cstring(PG_GETARG_TEXT_PP(0)),
+									text_to_cstring(PG_GETARG_TEXT_PP(1)));
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PG_RETURN_INT64(balance);
 }
 
 /* The balance of a user, null when the account does not exist. */

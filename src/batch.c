@@ -10,7 +10,7 @@
  *		   transient error: waits, with backoff
  *		   data error, several entries: split in two, both pending
  *		   data error, one entry: waits while attempts are left
- *		   accounts missing: those entries cut out, the rest pending
+ *		   accounts missing: those entries cut out, and wait; the rest pending
  *
  * A batch is completed in the transaction that changes the balances, under its
  * row lock, and by complete_batch() only.  Nothing else credits an entry.
@@ -19,20 +19,20 @@
 
 #include "access/xact.h"
 #include "catalog/pg_type.h"
+#include "storage/ipc.h"
 #include "utils/builtins.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
 #include "payoutq.h"
 
-/*
- * A job is stopped when its first so many isolated entries all failed with the
- * same error: what fails for everybody must not be bisected for everybody.
- */
-#define MASS_FAILURE		20
-
 /* What a missing account is recorded as. */
 #define MISSING_ACCOUNT		ERRCODE_NO_DATA_FOUND
+#define MISSING_MESSAGE		"the account does not exist in the bound table"
+
+/* The attempt that was counted before and has no outcome yet; job 0: none. */
+static Claim counted;
 
 static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
@@ -41,15 +41,14 @@ static void count_progress(const Claim *claim, int completed, int failed,
 						   int64 paid);
 static BatchOutcome record_failure(const Claim *claim, ErrorData *error);
 static void wait_for_another_try(const Claim *claim, const ErrorData *error);
+static void wait_or_fail(const Claim *claim, const ErrorData *error);
 static void fail_entries(const Claim *claim, int sqlstate, const char *message);
-static void forget_attempt(const Claim *claim);
-static bool is_mass_failure(int64 job_id);
+static void take_back_at_exit(int code, Datum arg);
 static void bisect(const Claim *claim, const ErrorData *error);
-static BatchOutcome cut_out(const Claim *claim, int32 *missing, int count,
-							ErrorData **error);
-static void split(const Claim *claim, Datum *first, Datum *last, Datum *isolated,
-				  int pieces, int sqlstate, const char *message);
-static ErrorData *make_error(int sqlstate, const char *message);
+static BatchOutcome missing_accounts(const Claim *claim, int32 *missing, int count);
+static void cut_out(const Claim *claim, const int32 *missing, int count);
+static void split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int pieces,
+				  int sqlstate, const char *message);
 
 BatchOutcome
 payoutq_pay_batch(const Claim *claim, ErrorData **error)
@@ -59,12 +58,12 @@ payoutq_pay_batch(const Claim *claim, ErrorData **error)
 
 	if (*error)
 	{
+		if (payoutq_is_interrupt(*error))
+			return BATCH_INTERRUPTED;
 		payoutq_worker_error((*error)->message);
 		return record_failure(claim, *error);
 	}
-	if (count > 0)
-		return cut_out(claim, missing, count, error);
-	return BATCH_PAID;
+	return count > 0 ? missing_accounts(claim, missing, count) : BATCH_PAID;
 }
 
 static int
@@ -147,7 +146,10 @@ count_progress(const Claim *claim, int completed, int failed, int64 paid)
 	(void) payoutq_execute(&count, values, NULL, SPI_OK_INSERT);
 }
 
-/* Before risky work, in a transaction of its own. */
+/*
+ * Before risky work, in a transaction of its own: should the server be killed,
+ * the count stays.  Any other end takes it back.
+ */
 void
 payoutq_count_attempt(const Claim *claim)
 {
@@ -155,23 +157,64 @@ payoutq_count_attempt(const Claim *claim)
 		"UPDATE payoutq.batch SET crashes = crashes + 1 WHERE job_id = $1 AND batch_no = $2",
 		2, {INT8OID, INT4OID}
 	};
+	static bool registered = false;
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
 
+	if (!registered)
+		before_shmem_exit(take_back_at_exit, (Datum) 0);
+	registered = true;
+
 	(void) payoutq_execute(&count, values, NULL, SPI_OK_UPDATE);
+	counted = *claim;
 }
 
-static void
-forget_attempt(const Claim *claim)
+void
+payoutq_attempt_ended(void)
 {
-	static EngineStatement forget = {
-		"UPDATE payoutq.batch SET crashes = 0 WHERE job_id = $1 AND batch_no = $2 AND crashes > 0",
+	counted.job_id = 0;
+}
+
+/* Whoever has locked the batch meanwhile will record its outcome. */
+void
+payoutq_take_attempt_back(const Claim *claim)
+{
+	static EngineStatement take_back = {
+		"UPDATE payoutq.batch SET crashes = crashes - 1"
+		" WHERE (job_id, batch_no) IN"
+		"       (SELECT job_id, batch_no FROM payoutq.batch"
+		"         WHERE job_id = $1 AND batch_no = $2 AND status = 'pending' AND crashes > 0"
+		"           FOR UPDATE SKIP LOCKED)",
 		2, {INT8OID, INT4OID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
 
-	(void) payoutq_execute(&forget, values, NULL, SPI_OK_UPDATE);
+	counted.job_id = 0;
+	(void) payoutq_execute(&take_back, values, NULL, SPI_OK_UPDATE);
+}
+
+/* The process was told to end, or has met an error outside of a batch. */
+static void
+take_back_at_exit(int code, Datum arg)
+{
+	EngineState state;
+	Claim		claim = counted;
+
+	if (counted.job_id == 0)
+		return;
+	counted.job_id = 0;
+	AbortOutOfAnyTransaction();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	if (payoutq_lock_extension())
+		payoutq_take_attempt_back(&claim);
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PopActiveSnapshot();
+	CommitTransactionCommand();
 }
 
 void
@@ -203,9 +246,9 @@ record_failure(const Claim *claim, ErrorData *error)
 	{
 		case FAILURE_TRANSIENT:
 			wait_for_another_try(claim, error);
-			return BATCH_NOT_PAID;
+			return BATCH_WAITS;
 		case FAILURE_CONFIGURATION:
-			forget_attempt(claim);
+			payoutq_take_attempt_back(claim);
 			return BATCH_JOB_FAILED;
 		case FAILURE_DATA:
 			break;
@@ -214,14 +257,19 @@ record_failure(const Claim *claim, ErrorData *error)
 	if (entries_of(claim) > 1)
 	{
 		bisect(claim, error);
-		return BATCH_NOT_PAID;
+		return BATCH_SPLIT;
 	}
+	wait_or_fail(claim, error);
+	return BATCH_ENTRY_FAILED;
+}
 
+static void
+wait_or_fail(const Claim *claim, const ErrorData *error)
+{
 	if (claim->attempts + 1 < payoutq_max_attempts)
 		wait_for_another_try(claim, error);
 	else
 		fail_entries(claim, error->sqlerrcode, error->message);
-	return is_mass_failure(claim->job_id) ? BATCH_JOB_FAILED : BATCH_NOT_PAID;
 }
 
 static void
@@ -265,30 +313,22 @@ fail_entries(const Claim *claim, int sqlstate, const char *message)
 	count_progress(claim, 0, entries_of(claim), 0);
 }
 
-/*
- * Entries that were isolated and then paid keep the error of the batch they
- * came from, and so are found here.  A missing account is nobody else's.
- */
-static bool
-is_mass_failure(int64 job_id)
+/* Is there more to try, and nothing that has been paid meanwhile? */
+bool
+payoutq_is_mass_failure(int64 job_id, TimestampTz since)
 {
-	static EngineStatement first = {
-		"SELECT count(*) = $2 AND bool_and(status <> 'completed' AND attempts > 0)"
-		"       AND min(error_code) = max(error_code)"
-		"  FROM (SELECT status, attempts, error_code FROM payoutq.batch"
-		"         WHERE job_id = $1 AND error_code IS NOT NULL AND first_seq = last_seq"
-		"           AND error_code <> $3"
-		"         ORDER BY batch_no LIMIT $2) AS isolated",
-		3, {INT8OID, INT4OID, TEXTOID}
+	static EngineStatement check = {
+		"SELECT FROM payoutq.job"
+		" WHERE id = $1"
+		"   AND NOT EXISTS (SELECT FROM payoutq.batch"
+		"                    WHERE job_id = $1 AND status = 'completed' AND processed_at >= $2)"
+		"   AND EXISTS (SELECT FROM payoutq.batch"
+		"                WHERE job_id = $1 AND status = 'pending' AND attempts = 0)",
+		2, {INT8OID, TIMESTAMPTZOID}
 	};
-	Datum		values[] = {Int64GetDatum(job_id), Int32GetDatum(MASS_FAILURE),
-	CStringGetTextDatum(unpack_sql_state(MISSING_ACCOUNT))};
-	bool		isnull;
-	Datum		result;
+	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(since)};
 
-	(void) payoutq_execute(&first, values, NULL, SPI_OK_SELECT);
-	result = payoutq_result(0, 1, &isnull);
-	return !isnull && DatumGetBool(result);
+	return payoutq_execute(&check, values, NULL, SPI_OK_SELECT) == 1;
 }
 
 static void
@@ -297,69 +337,64 @@ bisect(const Claim *claim, const ErrorData *error)
 	int32		middle = claim->first_seq + (claim->last_seq - claim->first_seq) / 2;
 	Datum		first[] = {Int32GetDatum(claim->first_seq), Int32GetDatum(middle + 1)};
 	Datum		last[] = {Int32GetDatum(middle), Int32GetDatum(claim->last_seq)};
-	Datum		isolated[] = {BoolGetDatum(false), BoolGetDatum(false)};
+	Datum		cut[] = {BoolGetDatum(false), BoolGetDatum(false)};
 
-	split(claim, first, last, isolated, 2, error->sqlerrcode, error->message);
+	split(claim, first, last, cut, 2, error->sqlerrcode, error->message);
+}
+
+static BatchOutcome
+missing_accounts(const Claim *claim, int32 *missing, int count)
+{
+	ErrorData	error = {.elevel = ERROR, .sqlerrcode = MISSING_ACCOUNT,
+	.message = pstrdup(MISSING_MESSAGE)};
+
+	payoutq_worker_error(MISSING_MESSAGE);
+	if (count == entries_of(claim))
+	{
+		wait_or_fail(claim, &error);
+		return BATCH_WAITS;
+	}
+	cut_out(claim, missing, count);
+	return BATCH_SPLIT;
 }
 
 /*
  * The statement that credited the others has named the entries it found no
- * account for (in ascending order): each becomes a batch of its own, with one
- * attempt behind it, and the runs between them are paid in the next turns.
+ * account for, in ascending order.  Each run of them becomes a batch, with one
+ * attempt behind it; the runs between them are paid in the next turns.
  */
-static BatchOutcome
-cut_out(const Claim *claim, int32 *missing, int count, ErrorData **error)
+static void
+cut_out(const Claim *claim, const int32 *missing, int count)
 {
 	int			max = 2 * count + 1;
 	Datum	   *first = palloc(max * sizeof(Datum));
 	Datum	   *last = palloc(max * sizeof(Datum));
-	Datum	   *isolated = palloc(max * sizeof(Datum));
+	Datum	   *cut = palloc(max * sizeof(Datum));
 	int			pieces = 0;
-	int32		next = claim->first_seq;
-	const char *message = "the account does not exist in the bound table";
+	int			next = 0;
 
-	if (entries_of(claim) == 1)
+	for (int32 seq = claim->first_seq; seq <= claim->last_seq; seq++)
 	{
-		*error = make_error(MISSING_ACCOUNT, message);
-		return record_failure(claim, *error);
-	}
-	if (count == entries_of(claim) && count >= MASS_FAILURE)
-	{
-		forget_attempt(claim);
-		*error = make_error(MISSING_ACCOUNT,
-							psprintf("none of the %d accounts of a batch exists in the bound table", count));
-		return BATCH_JOB_FAILED;
-	}
+		bool		is_missing = next < count && missing[next] == seq;
 
-	for (int i = 0; i <= count; i++)
-	{
-		int32		cut = i < count ? missing[i] : claim->last_seq + 1;
-
-		if (next < cut)
+		if (pieces == 0 || DatumGetBool(cut[pieces - 1]) != is_missing)
 		{
-			first[pieces] = Int32GetDatum(next);
-			last[pieces] = Int32GetDatum(cut - 1);
-			isolated[pieces++] = BoolGetDatum(false);
+			first[pieces] = Int32GetDatum(seq);
+			cut[pieces++] = BoolGetDatum(is_missing);
 		}
-		if (i < count)
-		{
-			first[pieces] = last[pieces] = Int32GetDatum(cut);
-			isolated[pieces++] = BoolGetDatum(true);
-		}
-		next = cut + 1;
+		last[pieces - 1] = Int32GetDatum(seq);
+		next += is_missing ? 1 : 0;
 	}
-	split(claim, first, last, isolated, pieces, MISSING_ACCOUNT, message);
-	payoutq_worker_error(message);
-	return BATCH_NOT_PAID;
+	split(claim, first, last, cut, pieces, MISSING_ACCOUNT, MISSING_MESSAGE);
 }
 
 /*
  * Replace the batch by several: the first keeps its number, the others get new
- * ones from the job's row.  Isolated pieces carry an attempt and its error;
- * with no attempt left they have failed.
+ * ones from the job's row, and all are due as it was.  Pieces that were cut out
+ * carry an attempt and wait; with no attempt left they have failed.
  */
 static void
-split(const Claim *claim, Datum *first, Datum *last, Datum *isolated, int pieces,
+split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int pieces,
 	  int sqlstate, const char *message)
 {
 	static EngineStatement numbers = {
@@ -368,13 +403,13 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *isolated, int pieces
 	};
 	static EngineStatement split = {
 		"WITH piece AS ("
-		"    SELECT p.n, p.f, p.l, CASE WHEN p.isolated THEN 1 ELSE 0 END AS attempts,"
-		"           CASE WHEN p.isolated THEN $8 ELSE $7 END AS run_after,"
-		"           CASE WHEN p.isolated AND $11 THEN 'failed' ELSE 'pending' END AS status,"
-		"           CASE WHEN p.isolated AND $11 THEN $7 END AS processed_at,"
+		"    SELECT p.n, p.f, p.l, CASE WHEN p.cut THEN 1 ELSE 0 END AS attempts,"
+		"           CASE WHEN p.cut THEN $8 ELSE $7 END AS run_after,"
+		"           CASE WHEN p.cut AND $11 THEN 'failed' ELSE 'pending' END AS status,"
+		"           CASE WHEN p.cut AND $11 THEN $12 END AS processed_at,"
 		"           (SELECT sum(e.amount)::bigint FROM payoutq.entry e"
 		"             WHERE e.job_id = $1 AND e.seq BETWEEN p.f AND p.l) AS amount"
-		"      FROM ROWS FROM (unnest($4), unnest($5), unnest($6)) WITH ORDINALITY AS p (f, l, isolated, n)"
+		"      FROM ROWS FROM (unnest($4), unnest($5), unnest($6)) WITH ORDINALITY AS p (f, l, cut, n)"
 		"), narrowed AS ("
 		"    UPDATE payoutq.batch b"
 		"       SET last_seq = p.l, amount = p.amount, attempts = p.attempts, crashes = 0,"
@@ -388,8 +423,8 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *isolated, int pieces
 		" SELECT $1, $3 + p.n - 1, p.f, p.l, p.amount, p.attempts,"
 		"        p.status, p.processed_at, p.run_after, $9, $10"
 		"   FROM piece p WHERE p.n > 1",
-		11, {INT8OID, INT4OID, INT4OID, INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID,
-			TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, BOOLOID}
+		12, {INT8OID, INT4OID, INT4OID, INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID,
+			TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, BOOLOID, TIMESTAMPTZOID}
 	};
 	Datum		wanted[] = {Int64GetDatum(claim->job_id), Int32GetDatum(pieces - 1)};
 	TimestampTz now = GetCurrentTimestamp();
@@ -405,29 +440,20 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *isolated, int pieces
 			Int32GetDatum(highest - (pieces - 1)),
 			PointerGetDatum(construct_array(first, pieces, INT4OID, 4, true, TYPALIGN_INT)),
 			PointerGetDatum(construct_array(last, pieces, INT4OID, 4, true, TYPALIGN_INT)),
-			PointerGetDatum(construct_array(isolated, pieces, BOOLOID, 1, true, TYPALIGN_CHAR)),
-			TimestampTzGetDatum(now),
+			PointerGetDatum(construct_array(cut, pieces, BOOLOID, 1, true, TYPALIGN_CHAR)),
+			TimestampTzGetDatum(claim->run_after),
 			TimestampTzGetDatum(payoutq_retry_at(now, 1)),
 			CStringGetTextDatum(unpack_sql_state(sqlstate)),
 			CStringGetTextDatum(message),
-			BoolGetDatum(no_attempt_left)};
+			BoolGetDatum(no_attempt_left),
+			TimestampTzGetDatum(now)};
 
 		(void) payoutq_execute(&split, values, NULL, SPI_OK_INSERT);
 	}
 
 	for (int i = 0; i < pieces && no_attempt_left; i++)
-		failed += DatumGetBool(isolated[i]) ? 1 : 0;
+		if (DatumGetBool(cut[i]))
+			failed += DatumGetInt32(last[i]) - DatumGetInt32(first[i]) + 1;
 	if (failed > 0)
 		count_progress(claim, 0, failed, 0);
-}
-
-static ErrorData *
-make_error(int sqlstate, const char *message)
-{
-	ErrorData  *error = palloc0(sizeof(ErrorData));
-
-	error->elevel = ERROR;
-	error->sqlerrcode = sqlstate;
-	error->message = pstrdup(message);
-	return error;
 }

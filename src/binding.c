@@ -22,6 +22,7 @@
 #include "utils/rel.h"
 #include "utils/syscache.h"
 
+#include "compat.h"
 #include "payoutq.h"
 
 /* The plans of a bound table are made again after so many batches, for it may
@@ -37,13 +38,55 @@ typedef struct BoundPlan
 	int			uses;
 } BoundPlan;
 
-static void become_owner(const Binding *binding);
+PG_FUNCTION_INFO_V1(payout_bind_accounts);
+
+static void become_owner(const Binding *binding, EngineState *state);
 static void check_superuser_table(Relation relation);
-static void make_constraints_immediate(Relation relation);
+static void make_constraints_immediate(void);
 static SPIPlanPtr bound_plan(BoundPlan *cache, const Binding *binding,
 							 const char *format, int nargs, Oid *argtypes);
 static char *bound_sql(const Binding *binding, const char *format);
 static int	find_missing(const Claim *claim, int32 **missing);
+
+/*
+ * payout_bind_accounts(table_name regclass, key_column name, balance_column name, currency text)
+ *
+ * In C, because who calls is known here only: whoever is the owner now, which
+ * in a query that a worker runs is not the session's user.
+ */
+Datum
+payout_bind_accounts(PG_FUNCTION_ARGS)
+{
+	static EngineStatement bind = {
+		"SELECT payoutq.bind_accounts($1, $2, $3, $4, $5)",
+		5, {REGCLASSOID, NAMEOID, NAMEOID, TEXTOID, NAMEOID}
+	};
+	NameData	created_by;
+	Datum		values[5];
+	EngineState state;
+
+	for (int i = 0; i < 4; i++)
+		if (PG_ARGISNULL(i))
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("arguments of payout_bind_accounts() must not be null")));
+	if (!payoutq_owns_table(PG_GETARG_OID(0)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of table %s", get_rel_name(PG_GETARG_OID(0)))));
+
+	namestrcpy(&created_by, GetUserNameFromId(GetUserId(), false));
+	for (int i = 0; i < 4; i++)
+		values[i] = PG_GETARG_DATUM(i);
+	values[4] = NameGetDatum(&created_by);
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	(void) payoutq_execute(&bind, values, NULL, SPI_OK_SELECT);
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PG_RETURN_VOID();
+}
 
 /* False: balances of the currency are kept in payoutq.account. */
 bool
@@ -93,15 +136,15 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim,
 	SPIPlanPtr	plan;
 	int			rc;
 
-	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
-	become_owner(binding);
+	become_owner(binding, &state);
+	make_constraints_immediate();
 	plan = bound_plan(&cache, binding,
 					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
 					  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
 					  " WHERE a.%2$s = e.user_id::%4$s"
 					  " RETURNING e.n", 2, argtypes);
 	rc = SPI_execute_plan(plan, values, NULL, false, 0);
-	SetUserIdAndSecContext(state.user_id, state.sec_context);
+	payoutq_foreign_leave(&state);
 
 	if (rc != SPI_OK_UPDATE_RETURNING)
 		elog(ERROR, "unexpected result of a credit: %s", SPI_result_code_string(rc));
@@ -140,15 +183,14 @@ payoutq_change_bound(const Binding *binding, const char *key, int64 amount)
 	EngineState state;
 	SPIPlanPtr	plan;
 
-	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
-	become_owner(binding);
+	become_owner(binding, &state);
 	plan = bound_plan(&cache, binding,
 					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + $2"
 					  " WHERE a.%2$s = $1::%4$s AND coalesce(a.%3$s, 0) + $2 >= 0",
 					  2, argtypes);
 	if (SPI_execute_plan(plan, values, NULL, false, 0) != SPI_OK_UPDATE)
 		elog(ERROR, "unexpected result of a change of balance");
-	SetUserIdAndSecContext(state.user_id, state.sec_context);
+	payoutq_foreign_leave(&state);
 
 	return SPI_processed == 1;
 }
@@ -162,14 +204,13 @@ payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
 	EngineState state;
 	SPIPlanPtr	plan;
 
-	GetUserIdAndSecContext(&state.user_id, &state.sec_context);
-	become_owner(binding);
+	become_owner(binding, &state);
 	plan = bound_plan(&cache, binding,
 					  "SELECT coalesce(a.%3$s, 0)::bigint FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
 					  1, argtypes);
 	if (SPI_execute_plan(plan, values, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "unexpected result of a reading of a balance");
-	SetUserIdAndSecContext(state.user_id, state.sec_context);
+	payoutq_foreign_leave(&state);
 
 	if (SPI_processed == 0)
 		return false;
@@ -178,21 +219,15 @@ payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
 }
 
 static void
-become_owner(const Binding *binding)
+become_owner(const Binding *binding, EngineState *state)
 {
 	Relation	relation = table_open(binding->table, RowExclusiveLock);
 	Oid			owner = relation->rd_rel->relowner;
-	Oid			user_id;
-	int			sec_context;
 
 	if (superuser_arg(owner))
 		check_superuser_table(relation);
-	make_constraints_immediate(relation);
 	table_close(relation, NoLock);
-
-	GetUserIdAndSecContext(&user_id, &sec_context);
-	SetUserIdAndSecContext(owner, sec_context | SECURITY_LOCAL_USERID_CHANGE |
-						   SECURITY_RESTRICTED_OPERATION);
+	payoutq_foreign_enter(state, owner);
 }
 
 static void
@@ -234,21 +269,14 @@ check_superuser_table(Relation relation)
 
 /*
  * What is deferred would run at the commit, as nobody's; the server refuses
- * it in a restricted operation.  So it runs at once, as the owner.
+ * it in a restricted operation.  So it runs at once, as the owner.  Only in a
+ * transaction of the engine: one of a user may have other events pending.
  */
 static void
-make_constraints_immediate(Relation relation)
+make_constraints_immediate(void)
 {
-	TriggerDesc *triggers = relation->trigdesc;
-
-	for (int i = 0; triggers && i < triggers->numtriggers; i++)
-	{
-		if (!triggers->triggers[i].tginitdeferred)
-			continue;
-		if (SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0) != SPI_OK_UTILITY)
-			elog(ERROR, "could not make constraints immediate");
-		break;
-	}
+	if (SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0) != SPI_OK_UTILITY)
+		elog(ERROR, "could not make constraints immediate");
 }
 
 static SPIPlanPtr

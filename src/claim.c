@@ -81,6 +81,9 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		fresh[i].position_run_after = before->position_run_after;
 		fresh[i].position_batch_no = before->position_batch_no;
 		fresh[i].careful = before->careful;
+		fresh[i].failures = before->failures;
+		fresh[i].failure_code = before->failure_code;
+		fresh[i].failing_since = before->failing_since;
 		if (!woken)
 			fresh[i].idle_until = before->idle_until;
 	}
@@ -233,10 +236,23 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	claim->amount = payoutq_result_int64(0, 4);
 	claim->attempts = (int32) payoutq_result_int64(0, 5);
 	claim->crashes = (int32) payoutq_result_int64(0, 6);
+	claim->run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
 	claim->currency = job->currency;
-	job->position_run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
+	job->position_run_after = claim->run_after;
 	job->position_batch_no = claim->batch_no;
 	return true;
+}
+
+/*
+ * The claimed batch has become several, due as it was, of which the first has
+ * its number: so an error is followed down to a single entry before the next
+ * batch is met.
+ */
+void
+payoutq_look_again(ActiveJob *job, const Claim *claim)
+{
+	job->position_run_after = claim->run_after;
+	job->position_batch_no = claim->batch_no - 1;
 }
 
 /* Either all batches have ended, or some wait: until when? */

@@ -15,6 +15,7 @@
  *	job			Share by whoever pays one of its batches, Exclusive by whoever
  *				changes its state: once pause or cancel return, no batch of the
  *				job is being paid and none will be.
+ *	reference	Exclusive by whoever posts a deposit or a withdrawal with it.
  *	account		Exclusive by whoever takes money from a system account, whose
  *				balance is derived and so has no row to lock.
  *	rows		the batch, then accounts in order of user_id, then progress.
@@ -30,6 +31,7 @@
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
+#include "tcop/pquery.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
@@ -41,12 +43,16 @@
 /* Advisory locks of applications have 1 or 2 in the fourth field. */
 #define LOCK_SPACE_JOB		0x7071
 #define LOCK_SPACE_ACCOUNT	0x7072
+#define LOCK_SPACE_REFERENCE	0x7073
 
 static Oid	storage_owner(void);
+static void prepare(EngineStatement *statement);
+static void check_result(const EngineStatement *statement, int expected, int rc);
 static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
 
 PG_FUNCTION_INFO_V1(payoutq_lock_job_sql);
+PG_FUNCTION_INFO_V1(payoutq_lock_reference_sql);
 PG_FUNCTION_INFO_V1(payoutq_origin_sql);
 
 void
@@ -59,11 +65,32 @@ payoutq_engine_enter(EngineState *state)
 	set_engine_settings(GUC_ACTION_SAVE);
 }
 
+/* Also undoes what somebody else's code has SET meanwhile. */
 void
 payoutq_engine_leave(EngineState *state)
 {
-	AtEOXact_GUC(true, state->guc_level);
+	AtEOXact_GUC(false, state->guc_level);
 	SetUserIdAndSecContext(state->user_id, state->sec_context);
+}
+
+/*
+ * Code of somebody else (a query, triggers of a bound table) runs between these
+ * two, as that role in a security-restricted operation, and nothing that it SETs
+ * outlives it.
+ */
+void
+payoutq_foreign_enter(EngineState *state, Oid role)
+{
+	GetUserIdAndSecContext(&state->user_id, &state->sec_context);
+	state->guc_level = NewGUCNestLevel();
+	SetUserIdAndSecContext(role, state->sec_context | SECURITY_LOCAL_USERID_CHANGE |
+						   SECURITY_RESTRICTED_OPERATION);
+}
+
+void
+payoutq_foreign_leave(EngineState *state)
+{
+	payoutq_engine_leave(state);
 }
 
 static void
@@ -121,6 +148,9 @@ payoutq_turn_commit(EngineState *state)
 		/* Row locks make us exact; a higher level would only fail more often. */
 		if (XactIsoLevel != XACT_READ_COMMITTED)
 			set_setting("transaction_isolation", "read committed", GUC_ACTION_SET);
+
+		/* As a worker has: we do not only write through SPI. */
+		EnsurePortalSnapshotExists();
 	}
 	enter_turn(state);
 }
@@ -212,27 +242,50 @@ payoutq_execute(EngineStatement *statement, Datum *values, const char *nulls,
 				int expected)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	int			rc;
 
-	if (statement->plan == NULL)
-	{
-		SPIPlanPtr	plan = SPI_prepare_cursor(statement->sql, statement->nargs,
-											  statement->argtypes,
-											  CURSOR_OPT_GENERIC_PLAN);
+	prepare(statement);
+	check_result(statement, expected,
+				 SPI_execute_plan(statement->plan, values, nulls, false, 0));
+	MemoryContextSwitchTo(caller);
+	return SPI_processed;
+}
 
-		if (plan == NULL)
-			elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
-				 SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-		statement->plan = plan;
-	}
+/* A SELECT that sees what is committed now, at any isolation level. */
+uint64
+payoutq_select_latest(EngineStatement *statement, Datum *values)
+{
+	MemoryContext caller = CurrentMemoryContext;
 
-	rc = SPI_execute_plan(statement->plan, values, nulls, false, 0);
+	prepare(statement);
+	check_result(statement, SPI_OK_SELECT,
+				 SPI_execute_snapshot(statement->plan, values, NULL, GetLatestSnapshot(),
+									  InvalidSnapshot, true, false, 0));
+	MemoryContextSwitchTo(caller);
+	return SPI_processed;
+}
+
+static void
+prepare(EngineStatement *statement)
+{
+	SPIPlanPtr	plan;
+
+	if (statement->plan)
+		return;
+	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
+							  CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL)
+		elog(ERROR, "could not prepare \"%s\": %s", statement->sql,
+			 SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+	statement->plan = plan;
+}
+
+static void
+check_result(const EngineStatement *statement, int expected, int rc)
+{
 	if (rc != expected)
 		elog(ERROR, "unexpected result of \"%s\": %s", statement->sql,
 			 SPI_result_code_string(rc));
-	MemoryContextSwitchTo(caller);
-	return SPI_processed;
 }
 
 Datum
@@ -286,15 +339,21 @@ payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait)
 	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
 }
 
+/* Two strings may share a lock; then one waits for nothing. */
+static void
+lock_string(const char *string, uint16 space)
+{
+	LOCKTAG		tag;
+	uint64		hash = hash_bytes_extended((const unsigned char *) string, strlen(string), 0);
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash, space);
+	(void) LockAcquire(&tag, ExclusiveLock, false, false);
+}
+
 void
 payoutq_lock_account(const char *account, const char *currency)
 {
-	LOCKTAG		tag;
-	uint32		a = hash_bytes((const unsigned char *) account, strlen(account));
-	uint32		c = hash_bytes((const unsigned char *) currency, strlen(currency));
-
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, a, c, LOCK_SPACE_ACCOUNT);
-	(void) LockAcquire(&tag, ExclusiveLock, false, false);
+	lock_string(psprintf("%s %s", currency, account), LOCK_SPACE_ACCOUNT);
 }
 
 /*
@@ -312,6 +371,13 @@ Datum
 payoutq_lock_job_sql(PG_FUNCTION_ARGS)
 {
 	(void) payoutq_lock_job(PG_GETARG_INT64(0), ExclusiveLock, true);
+	PG_RETURN_VOID();
+}
+
+Datum
+payoutq_lock_reference_sql(PG_FUNCTION_ARGS)
+{
+	lock_string(text_to_cstring(PG_GETARG_TEXT_PP(0)), LOCK_SPACE_REFERENCE);
 	PG_RETURN_VOID();
 }
 

@@ -49,7 +49,8 @@ static char *wrap_query(const char *query);
 static bool load(Expansion *e);
 static ErrorData *expand(Expansion *e);
 static void read_answer(Expansion *e);
-static void become_creator(const Expansion *e);
+static void become_creator(const Expansion *e, EngineState *ours);
+static SPIPlanPtr prepare_query(const char *query);
 static void write_slice(Expansion *e, EntryWriter *writer, StringInfo previous);
 static void complete(const Expansion *e);
 static void try_again_later(const Expansion *e);
@@ -58,13 +59,19 @@ static void try_again_later(const Expansion *e);
 void
 payoutq_check_query(const char *query)
 {
-	SPIPlanPtr	plan;
+	SPI_connect();
+	(void) prepare_query(query);
+	SPI_finish();
+}
+
+/* Also again when it is run: its tables may have changed since. */
+static SPIPlanPtr
+prepare_query(const char *query)
+{
+	SPIPlanPtr	plan = SPI_prepare(wrap_query(query), 0, NULL);
 	List	   *sources;
-	TupleDesc	desc;
 	Oid			type;
 
-	SPI_connect();
-	plan = SPI_prepare(wrap_query(query), 0, NULL);
 	if (plan == NULL)
 		elog(ERROR, "could not prepare the query: %s", SPI_result_code_string(SPI_result));
 	sources = SPI_plan_get_plan_sources(plan);
@@ -73,15 +80,14 @@ payoutq_check_query(const char *query)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("query must be a single SELECT")));
 
-	desc = ((CachedPlanSource *) linitial(sources))->resultDesc;
-	type = TupleDescAttr(desc, 1)->atttypid;
+	type = TupleDescAttr(((CachedPlanSource *) linitial(sources))->resultDesc, 1)->atttypid;
 	if (type != INT8OID && type != INT4OID && type != INT2OID)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("column \"amount\" of the query must be of type bigint, not %s",
 						format_type_be(type)),
 				 errhint("Cast it to bigint, in minor units.")));
-	SPI_finish();
+	return plan;
 }
 
 /* COLLATE "C" is the order in which entries are numbered. */
@@ -92,7 +98,7 @@ wrap_query(const char *query)
 
 	while (length > 0 && (query[length - 1] == ';' || isspace((unsigned char) query[length - 1])))
 		length--;
-	return psprintf("SELECT q.user_id::pg_catalog.text, q.amount FROM (\n%.*s\n) AS q"
+	return psprintf("SELECT q.user_id::pg_catalog.text, q.amount AS amount FROM (\n%.*s\n) AS q"
 					" ORDER BY q.user_id::pg_catalog.text COLLATE pg_catalog.\"C\"",
 					length, query);
 }
@@ -125,6 +131,8 @@ payoutq_expand_job(int64 job_id, EngineState *state)
 	error = expand(&e);
 	if (error)
 	{
+		if (payoutq_is_interrupt(error))
+			ReThrowError(error);
 		payoutq_worker_error(error->message);
 		if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT)
 			try_again_later(&e);
@@ -196,19 +204,13 @@ read_answer(Expansion *e)
 	EntryWriter *writer;
 	StringInfoData previous;
 	EngineState ours;
-	int			level = NewGUCNestLevel();
-	SPIPlanPtr	plan;
 	Portal		portal;
 
 	initStringInfo(&previous);
 	writer = payoutq_entries_begin(e->job_id, e->batch_size);
 
-	GetUserIdAndSecContext(&ours.user_id, &ours.sec_context);
-	become_creator(e);
-	plan = SPI_prepare(wrap_query(e->query), 0, NULL);
-	if (plan == NULL)
-		elog(ERROR, "could not prepare the query: %s", SPI_result_code_string(SPI_result));
-	portal = SPI_cursor_open(NULL, plan, NULL, NULL, false);
+	become_creator(e, &ours);
+	portal = SPI_cursor_open(NULL, prepare_query(e->query), NULL, NULL, false);
 	for (;;)
 	{
 		SPI_cursor_fetch(portal, true, SLICE);
@@ -218,8 +220,7 @@ read_answer(Expansion *e)
 		SPI_freetuptable(SPI_tuptable);
 	}
 	SPI_cursor_close(portal);
-	SetUserIdAndSecContext(ours.user_id, ours.sec_context);
-	AtEOXact_GUC(true, level);
+	payoutq_foreign_leave(&ours);
 
 	if (e->entries == 0)
 		ereport(ERROR,
@@ -231,27 +232,26 @@ read_answer(Expansion *e)
 
 /* His settings are pinned no more than his session's would be. */
 static void
-become_creator(const Expansion *e)
+become_creator(const Expansion *e, EngineState *ours)
 {
 	static const char *const plans[] = {"enable_hashjoin", "enable_mergejoin", "enable_seqscan",
 	"enable_bitmapscan", "enable_material"};
 	Oid			role = get_role_oid(e->created_by, true);
+	bool		superuser = OidIsValid(role) && superuser_arg(role);
 
 	if (!OidIsValid(role))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("role \"%s\", which created the job, does not exist", e->created_by)));
+
+	payoutq_foreign_enter(ours, superuser ? ROLE_PG_READ_ALL_DATA : role);
 	for (int i = 0; i < lengthof(plans); i++)
 		payoutq_set_local(plans[i], "on");
 	payoutq_set_local("search_path", e->search_path);
 
-	if (superuser_arg(role))
-	{
-		/* Rows that a policy would hide are an error, not a smaller payout. */
+	/* Rows that a policy would hide are an error, not a smaller payout. */
+	if (superuser)
 		payoutq_set_local("row_security", "off");
-		role = ROLE_PG_READ_ALL_DATA;
-	}
-	SetUserIdAndSecContext(role, SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
 }
 
 static void

@@ -84,25 +84,14 @@ payoutq_catch(MemoryContext context, ResourceOwner owner)
 	MemoryContextSwitchTo(context);
 	CurrentResourceOwner = owner;
 
-	payoutq_rethrow_interrupt(error);
 	return error;
 }
 
 /* Whoever stops the server, or cancels his own statement, is obeyed. */
-void
-payoutq_rethrow_interrupt(ErrorData *error)
+bool
+payoutq_is_interrupt(const ErrorData *error)
 {
-	switch (error->sqlerrcode)
-	{
-		case ERRCODE_ADMIN_SHUTDOWN:
-		case ERRCODE_CRASH_SHUTDOWN:
-			ReThrowError(error);
-			break;
-		case ERRCODE_QUERY_CANCELED:
-			if (!payoutq_is_worker)
-				ReThrowError(error);
-			break;
-		default:
-			break;
-	}
+	return error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN ||
+		error->sqlerrcode == ERRCODE_CRASH_SHUTDOWN ||
+		(error->sqlerrcode == ERRCODE_QUERY_CANCELED && !payoutq_is_worker);
 }

@@ -22,6 +22,9 @@
 
 #include "payoutq.h"
 
+/* How long restored jobs wait until it is looked again whether they are whole. */
+#define ADOPT_WAIT_MS	10000
+
 static void announce(int64 job_id, const char *event);
 static void post_fee(int64 job_id, int64 fee, const char *currency);
 
@@ -112,24 +115,39 @@ payoutq_fail_job(int64 job_id, int sqlstate, const char *message)
 
 /*
  * Jobs that came in with a restore go on when all that belongs to them is
- * there, which is when the books balance.
+ * there, which is when the books balance.  Until then they say what is amiss;
+ * payout_trigger_job() lets one go on all the same.
  */
 bool
 payoutq_adopt_jobs(void)
 {
 	static EngineStatement adopt = {
-		"UPDATE payoutq.job SET origin = $1"
-		" WHERE origin <> $1 AND status IN ('queued', 'running')"
-		"   AND (SELECT bool_and(ok) FROM payoutq.verify())",
+		"WITH amiss AS (SELECT string_agg(check_name, ', ') AS checks FROM payoutq.verify() WHERE NOT ok)"
+		" UPDATE payoutq.job SET"
+		"    origin = CASE WHEN amiss.checks IS NULL THEN $1 ELSE origin END,"
+		"    error = 'restored, and waits for payout_verify(): ' || amiss.checks"
+		"   FROM amiss WHERE origin <> $1 AND status IN ('queued', 'running')"
+		" RETURNING amiss.checks IS NULL",
 		1, {TEXTOID}
 	};
+	static TimestampTz tried = 0;
 	Datum		values[] = {CStringGetTextDatum(payoutq_origin())};
-	uint64		count = payoutq_execute(&adopt, values, NULL, SPI_OK_UPDATE);
+	TimestampTz now = GetCurrentTimestamp();
+	bool		isnull;
+	uint64		count;
 
-	if (count > 0)
-		ereport(LOG,
-				(errmsg(UINT64_FORMAT " restored payout jobs go on", count)));
-	return count > 0;
+	/* It reads everything: one process at a time, and not for each job. */
+	if (!TimestampDifferenceExceeds(tried, now, ADOPT_WAIT_MS) ||
+		!payoutq_lock_job(0, ExclusiveLock, false))
+		return false;
+	tried = now;
+
+	count = payoutq_execute(&adopt, values, NULL, SPI_OK_UPDATE_RETURNING);
+	if (count == 0 || !DatumGetBool(payoutq_result(0, 1, &isnull)))
+		return false;
+	ereport(LOG,
+			(errmsg(UINT64_FORMAT " restored payout jobs go on", count)));
+	return true;
 }
 
 void

@@ -191,7 +191,8 @@ drop_vanished(List *existing)
 	{
 		DatabaseSlot *slot = &payoutq_shared->databases[i];
 
-		if (slot->state != DATABASE_FREE && !list_member_oid(existing, slot->database))
+		if (slot->state != DATABASE_FREE && slot->held == 0 &&
+			!list_member_oid(existing, slot->database))
 			slot->state = DATABASE_FREE;
 	}
 	foreach(cell, existing)
@@ -243,7 +244,7 @@ keep_database(DatabaseSlot *database, TimestampTz now, long *nap)
 		wanted = Min(payoutq_workers, 1);
 	if (copy.state == DATABASE_ACTIVE && copy.help)
 		wanted = payoutq_workers;
-	if (wanted == 0)
+	if (wanted == 0 || copy.held > 0)
 		return true;
 	if (copy.start_after > now)
 	{

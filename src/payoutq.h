@@ -52,6 +52,8 @@ typedef struct EngineStatement
 
 extern void payoutq_engine_enter(EngineState *state);
 extern void payoutq_engine_leave(EngineState *state);
+extern void payoutq_foreign_enter(EngineState *state, Oid role);
+extern void payoutq_foreign_leave(EngineState *state);
 extern void payoutq_turn_begin(EngineState *state, MemoryContext context);
 extern void payoutq_turn_commit(EngineState *state);
 extern void payoutq_turn_end(EngineState *state);
@@ -59,6 +61,7 @@ extern void payoutq_engine_settings_for_process(void);
 extern void payoutq_set_local(const char *name, const char *value);
 extern uint64 payoutq_execute(EngineStatement *statement, Datum *values,
 							  const char *nulls, int expected);
+extern uint64 payoutq_select_latest(EngineStatement *statement, Datum *values);
 extern bool payoutq_lock_extension(void);
 extern bool payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait);
 extern void payoutq_lock_account(const char *account, const char *currency);
@@ -87,6 +90,7 @@ typedef struct DatabaseSlot
 	DatabaseState state;
 	bool		wanted;			/* something was committed there */
 	bool		help;			/* more work than the resident can do */
+	int			held;			/* commands that want nobody connected */
 	uint64		generation;		/* counts wake-ups */
 	TimestampTz start_after;	/* no worker is started before */
 	int			failures;		/* of workers, in a row */
@@ -130,6 +134,8 @@ extern SharedState *payoutq_shared; /* NULL unless preloaded */
 extern void payoutq_shared_init(void);
 extern void payoutq_wake_at_commit(void);
 extern void payoutq_announce_at_commit(void);
+extern void payoutq_rescan_at_commit(void);
+extern void payoutq_hold_database(Oid database);
 extern void payoutq_wake_workers(Oid database);
 extern void payoutq_wake_launcher(void);
 extern DatabaseSlot *payoutq_database_slot(Oid database, bool create);
@@ -168,6 +174,7 @@ typedef struct Claim
 	int64		amount;
 	int32		attempts;
 	int32		crashes;
+	TimestampTz run_after;
 	char	   *currency;
 } Claim;
 
@@ -191,6 +198,9 @@ typedef struct ActiveJob
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */
+	int			failures;		/* isolated entries that failed in a row, */
+	int			failure_code;	/* all with this SQLSTATE, */
+	TimestampTz failing_since;	/* the first of them then */
 	TimestampTz idle_until;		/* nothing to do before */
 } ActiveJob;
 
@@ -199,6 +209,7 @@ extern bool payoutq_list_due_jobs(void);
 extern ActiveJob *payoutq_next_job(TimestampTz now);
 extern void payoutq_leave_alone(ActiveJob *job, int milliseconds);
 extern JobWork payoutq_claim(ActiveJob *job, Claim *claim);
+extern void payoutq_look_again(ActiveJob *job, const Claim *claim);
 extern bool payoutq_reclaim(const Claim *claim);
 extern TimestampTz payoutq_next_due(TimestampTz now);
 
@@ -206,11 +217,17 @@ extern TimestampTz payoutq_next_due(TimestampTz now);
 typedef enum BatchOutcome
 {
 	BATCH_PAID,
-	BATCH_NOT_PAID,				/* recorded; the queue goes on */
-	BATCH_JOB_FAILED			/* *error is the reason */
+	BATCH_WAITS,				/* for another try, or has failed */
+	BATCH_ENTRY_FAILED,			/* the same, for an isolated entry */
+	BATCH_SPLIT,				/* into parts that are to be tried at once */
+	BATCH_JOB_FAILED,			/* *error is the reason */
+	BATCH_INTERRUPTED			/* *error is to be thrown again */
 } BatchOutcome;
 
 extern void payoutq_count_attempt(const Claim *claim);
+extern void payoutq_attempt_ended(void);
+extern void payoutq_take_attempt_back(const Claim *claim);
+extern bool payoutq_is_mass_failure(int64 job_id, TimestampTz since);
 extern BatchOutcome payoutq_pay_batch(const Claim *claim, ErrorData **error);
 extern void payoutq_quarantine_batch(const Claim *claim);
 
@@ -225,7 +242,7 @@ typedef enum FailureClass
 extern FailureClass payoutq_classify(int sqlstate);
 extern TimestampTz payoutq_retry_at(TimestampTz now, int attempts);
 extern ErrorData *payoutq_catch(MemoryContext context, ResourceOwner owner);
-extern void payoutq_rethrow_interrupt(ErrorData *error);
+extern bool payoutq_is_interrupt(const ErrorData *error);
 
 /* account.c: balances of users and system accounts */
 typedef struct BatchEntries

@@ -29,12 +29,19 @@
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
 
+/*
+ * A job is stopped when so many isolated entries in a row failed with the same
+ * error, nothing was paid since the first of them, and there is more to try.
+ */
+#define MASS_FAILURE	20
+
 static MemoryContext turn_context = NULL;
 
 static bool begin_turn(EngineState *state);
 static bool refresh(int64 only_job, bool woken);
 static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
+static void note_failure(ActiveJob *job, const ErrorData *error, EngineState *state);
 
 PG_FUNCTION_INFO_V1(payout_process);
 
@@ -181,7 +188,6 @@ static bool
 pay(ActiveJob *job, const Claim *claim, EngineState *state)
 {
 	ErrorData  *error = NULL;
-	BatchOutcome outcome;
 
 	if (claim->crashes >= MAX_CRASHES)
 	{
@@ -194,24 +200,57 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 		payoutq_count_attempt(claim);
 		payoutq_turn_commit(state);
 		if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
+		{
+			payoutq_take_attempt_back(claim);
 			return false;
+		}
 		job->careful--;
 	}
 
-	outcome = payoutq_pay_batch(claim, &error);
-	switch (outcome)
+	switch (payoutq_pay_batch(claim, &error))
 	{
 		case BATCH_PAID:
+			job->failures = 0;
 			payoutq_worker_count(claim->last_seq - claim->first_seq + 1);
 			break;
-		case BATCH_NOT_PAID:
+		case BATCH_WAITS:
+			break;
+		case BATCH_ENTRY_FAILED:
+			note_failure(job, error, state);
+			break;
+		case BATCH_SPLIT:
+			payoutq_look_again(job, claim);
 			break;
 		case BATCH_JOB_FAILED:
 			payoutq_turn_commit(state);
 			payoutq_fail_job(claim->job_id, error->sqlerrcode, error->message);
 			break;
+		case BATCH_INTERRUPTED:
+			payoutq_take_attempt_back(claim);
+			payoutq_turn_commit(state);
+			ReThrowError(error);
 	}
+	payoutq_attempt_ended();
 	return true;
+}
+
+/* What fails for everybody must not be bisected for everybody. */
+static void
+note_failure(ActiveJob *job, const ErrorData *error, EngineState *state)
+{
+	if (job->failures == 0 || job->failure_code != error->sqlerrcode)
+	{
+		job->failures = 0;
+		job->failure_code = error->sqlerrcode;
+		job->failing_since = GetCurrentTimestamp();
+	}
+	if (++job->failures < MASS_FAILURE)
+		return;
+
+	job->failures = 0;
+	payoutq_turn_commit(state);
+	if (payoutq_is_mass_failure(job->id, job->failing_since))
+		payoutq_fail_job(job->id, error->sqlerrcode, error->message);
 }
 
 /* payout_process(max_batches int, job_id bigint) */

@@ -37,11 +37,15 @@ static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 
 static bool wake_pending = false;
 static bool announce_pending = false;
+static bool rescan_pending = false;
+static Oid	held_database = InvalidOid;
 
 static void request_shared_memory(void);
 static void create_shared_memory(void);
-static void register_commit_callback(void);
-static void at_commit(XactEvent event, void *arg);
+static void register_callback(void);
+static void release_database(void);
+static void rescan_databases(void);
+static void at_end(XactEvent event, void *arg);
 static void set_latch_of(int proc);
 
 PG_FUNCTION_INFO_V1(payoutq_wake_sql);
@@ -90,7 +94,7 @@ create_shared_memory(void)
 void
 payoutq_wake_at_commit(void)
 {
-	register_commit_callback();
+	register_callback();
 	wake_pending = true;
 }
 
@@ -98,22 +102,74 @@ payoutq_wake_at_commit(void)
 void
 payoutq_announce_at_commit(void)
 {
-	register_commit_callback();
+	register_callback();
 	announce_pending = true;
 }
 
+/* There is another database, or one has another name. */
+void
+payoutq_rescan_at_commit(void)
+{
+	register_callback();
+	rescan_pending = true;
+}
+
+/* No worker may start there until this transaction ends. */
+void
+payoutq_hold_database(Oid database)
+{
+	DatabaseSlot *slot;
+
+	register_callback();
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(database, true);
+	if (slot)
+	{
+		slot->held++;
+		held_database = database;
+	}
+	LWLockRelease(payoutq_shared->lock);
+}
+
 static void
-register_commit_callback(void)
+release_database(void)
+{
+	DatabaseSlot *slot;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(held_database, false);
+	if (slot && slot->held > 0)
+	{
+		slot->held--;
+		slot->failures = 0;
+		slot->start_after = 0;
+	}
+	LWLockRelease(payoutq_shared->lock);
+	held_database = InvalidOid;
+	rescan_databases();
+}
+
+static void
+rescan_databases(void)
+{
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	payoutq_shared->rescan = true;
+	payoutq_wake_launcher();
+	LWLockRelease(payoutq_shared->lock);
+}
+
+static void
+register_callback(void)
 {
 	static bool registered = false;
 
 	if (!registered)
-		RegisterXactCallback(at_commit, NULL);
+		RegisterXactCallback(at_end, NULL);
 	registered = true;
 }
 
 static void
-at_commit(XactEvent event, void *arg)
+at_end(XactEvent event, void *arg)
 {
 	switch (event)
 	{
@@ -122,6 +178,8 @@ at_commit(XactEvent event, void *arg)
 				payoutq_wake_workers(MyDatabaseId);
 			if (announce_pending && payoutq_shared)
 				ConditionVariableBroadcast(&payoutq_shared->announced);
+			if (rescan_pending && payoutq_shared)
+				rescan_databases();
 			break;
 		case XACT_EVENT_ABORT:
 		case XACT_EVENT_PREPARE:
@@ -130,7 +188,9 @@ at_commit(XactEvent event, void *arg)
 		default:
 			return;
 	}
-	wake_pending = announce_pending = false;
+	if (OidIsValid(held_database))
+		release_database();
+	wake_pending = announce_pending = rescan_pending = false;
 }
 
 static void

@@ -4,8 +4,8 @@
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
- * workers of that database are ended and kept from coming back until the command
- * is done.
+ * workers of that database are ended and kept from coming back until the
+ * transaction has ended.
  */
 #include "postgres.h"
 
@@ -37,8 +37,7 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool drops_extension(Node *statement);
-static DatabaseState hold_off_workers(Oid database);
-static void let_workers_in(Oid database, DatabaseState state);
+static void hold_off_workers(Oid database);
 static bool signal_workers(Oid database);
 
 void
@@ -54,32 +53,18 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 						ParamListInfo params, QueryEnvironment *queryEnv,
 						DestReceiver *dest, QueryCompletion *qc)
 {
-	volatile Oid database = affected_database(pstmt->utilityStmt);
-	volatile bool drops = drops_extension(pstmt->utilityStmt);
-	volatile DatabaseState before = DATABASE_FREE;
+	Oid			database = affected_database(pstmt->utilityStmt);
 
-	/* Of the database, when it has workers; else nothing to restore. */
 	if (OidIsValid(database))
-		before = hold_off_workers(database);
-
-	PG_TRY();
-	{
-		next_hook(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
-	}
-	PG_CATCH();
-	{
-		let_workers_in(database, before);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
-
-	/* A database that is gone loses its slot when the launcher looks again. */
-	if (!IsA(pstmt->utilityStmt, DropdbStmt))
-		let_workers_in(database, before);
+		hold_off_workers(database);
+	if (IsA(pstmt->utilityStmt, CreatedbStmt))
+		payoutq_rescan_at_commit();
 
 	/* Workers see that the extension is gone, and leave. */
-	if (drops)
+	if (drops_extension(pstmt->utilityStmt))
 		payoutq_wake_at_commit();
+
+	next_hook(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
 }
 
 /* The database that must have no connection, if the caller may ask for that. */
@@ -145,22 +130,11 @@ drops_extension(Node *statement)
 	return false;
 }
 
-/* Returns the state to be restored. */
-static DatabaseState
+/* Until the end of the transaction, however it ends. */
+static void
 hold_off_workers(Oid database)
 {
-	DatabaseState state = DATABASE_FREE;
-	DatabaseSlot *slot;
-
-	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	slot = payoutq_database_slot(database, false);
-	if (slot)
-	{
-		state = slot->state;
-		slot->state = DATABASE_STOPPED;
-	}
-	LWLockRelease(payoutq_shared->lock);
-
+	payoutq_hold_database(database);
 	for (int waited = 0; signal_workers(database) && waited < STOP_TIMEOUT_MS; waited += STOP_POLL_MS)
 	{
 		static uint32 event = 0;
@@ -170,28 +144,6 @@ hold_off_workers(Oid database)
 						 STOP_POLL_MS, payoutq_wait_event(&event, "PayoutqStopWorkers"));
 		ResetLatch(MyLatch);
 	}
-	return state;
-}
-
-static void
-let_workers_in(Oid database, DatabaseState state)
-{
-	DatabaseSlot *slot;
-
-	if (!OidIsValid(database))
-		return;
-
-	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	slot = payoutq_database_slot(database, false);
-	if (slot)
-	{
-		slot->state = state;
-		slot->failures = 0;
-		slot->start_after = 0;
-	}
-	payoutq_shared->rescan = true;
-	LWLockRelease(payoutq_shared->lock);
-	payoutq_wake_launcher();
 }
 
 /* Ask the workers of the database to end.  Returns false when none is left. */

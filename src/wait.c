@@ -7,7 +7,6 @@
 #include "catalog/pg_type.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -68,7 +67,6 @@ wait_for_announcement(long timeout)
 	}
 }
 
-/* With a snapshot of this moment, whatever the caller's is. */
 static char *
 read_status(int64 job_id)
 {
@@ -82,7 +80,7 @@ read_status(int64 job_id)
 
 	SPI_connect();
 	payoutq_engine_enter(&state);
-	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) != 1)
+	if (payoutq_select_latest(&find, values) != 1)
 		elog(ERROR, "job " INT64_FORMAT " has vanished", job_id);
 	status = MemoryContextStrdup(caller, payoutq_result_cstring(0, 1));
 	payoutq_engine_leave(&state);

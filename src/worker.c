@@ -110,7 +110,7 @@ attach(int slot, TimestampTz started)
 	worker = &payoutq_shared->workers[slot];
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database = payoutq_database_slot(worker->database, false);
-	stopped = database == NULL || database->state == DATABASE_STOPPED;
+	stopped = database == NULL || database->held > 0 || database->state == DATABASE_STOPPED;
 	if (worker->state == WORKER_STARTING && worker->since == started)
 	{
 		worker->pid = MyProcPid;

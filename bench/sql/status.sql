@@ -1,1 +1,1 @@
-SELECT * FROM payout_job_status(:job);
+SELECT * FROM payout_job_status(:job::bigint);

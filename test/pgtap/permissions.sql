@@ -1,0 +1,336 @@
+-- Who may do what: nobody anything, unless payout_grant() said so; the storage
+-- is closed to all levels; and nobody's search_path gains him anything.
+\ir fresh.psql
+DROP SCHEMA IF EXISTS evil, trapped CASCADE;
+DROP ROLE IF EXISTS payoutq_test_nobody, payoutq_test_reader, payoutq_test_operator, payoutq_test_admin, "payoutq test Odd ""role";
+CREATE ROLE payoutq_test_nobody;
+CREATE ROLE payoutq_test_reader;
+CREATE ROLE payoutq_test_operator;
+CREATE ROLE payoutq_test_admin;
+CREATE ROLE "payoutq test Odd ""role";
+GRANT USAGE ON SCHEMA app TO payoutq_test_operator, payoutq_test_nobody;
+SELECT payout_create_job('paid', ARRAY['a'], ARRAY[10]) AS paid \gset
+CALL payout_process();
+SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[10, 20], run_at => '2100-01-01') AS later \gset
+SELECT plan(123);
+
+CREATE TEMP TABLE routines AS
+SELECT p.oid::regprocedure::text AS routine, p.* FROM pg_depend d JOIN pg_proc p ON p.oid = d.objid
+ WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+   AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'payoutq');
+CREATE TEMP TABLE relations AS
+SELECT c.oid::regclass::text AS relation, c.* FROM pg_depend d JOIN pg_class c ON c.oid = d.objid
+ WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+   AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'payoutq');
+CREATE FUNCTION pg_temp.callable(who name) RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT routine FROM routines WHERE has_function_privilege(who, oid, 'EXECUTE')
+$$;
+CREATE FUNCTION pg_temp.rights(who name) RETURNS TABLE (relation text, privilege text) LANGUAGE sql AS $$
+    SELECT relation, p
+      FROM relations, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER', 'USAGE']) AS p
+     WHERE CASE WHEN relkind = 'S' THEN p IN ('USAGE', 'SELECT', 'UPDATE') AND has_sequence_privilege(who, oid, p)
+                WHEN p = 'USAGE' THEN false
+                WHEN p IN ('SELECT', 'INSERT', 'UPDATE', 'REFERENCES') THEN has_any_column_privilege(who, oid, p)
+                ELSE has_table_privilege(who, oid, p) END
+$$;
+
+-- ---------------------------------------------------------------------------
+-- PUBLIC has nothing
+-- ---------------------------------------------------------------------------
+
+SELECT cmp_ok((SELECT count(*) FROM routines), '>', 40::bigint, 'the extension has many functions');
+SELECT cmp_ok((SELECT count(*) FROM relations), '>', 15::bigint, 'and tables and views');
+SELECT is_empty('SELECT * FROM pg_temp.callable(''payoutq_test_nobody'')', 'PUBLIC may execute none of them');
+SELECT is_empty('SELECT * FROM pg_temp.rights(''payoutq_test_nobody'')', 'and has no right on any table, view or sequence');
+SELECT ok(NOT has_schema_privilege('payoutq_test_nobody', 'payoutq', 'USAGE, CREATE'), 'nor on the schema payoutq');
+
+-- ---------------------------------------------------------------------------
+-- What each level may do, and nothing else
+-- ---------------------------------------------------------------------------
+
+SELECT payout_grant('payoutq_test_reader', 'reader');
+SELECT payout_grant('payoutq_test_operator', 'operator');
+SELECT payout_grant('payoutq_test_admin', 'admin');
+
+CREATE TEMP TABLE may (level text, routine text);
+INSERT INTO may VALUES
+    ('reader', 'payout_job_status(bigint)'),
+    ('reader', 'payout_job_status(text)'),
+    ('reader', 'payout_wait_for_job(bigint,interval)'),
+    ('reader', 'payout_balance(text,text)'),
+    ('reader', 'payout_statement(text,text)'),
+    ('reader', 'payout_verify()'),
+    ('reader', 'payout_split(bigint,bigint[])'),
+    -- not to be called, but to read payout_workers and payout_health
+    ('reader', 'payoutq.workers()'),
+    ('reader', 'payoutq.xmin_holders()'),
+    ('operator', 'payout_create_job(text,jsonb,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_create_job(text,text[],bigint[],bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_create_job_from(text,text,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_preview_job(text,jsonb,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_preview_job(text,text[],bigint[],bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_preview_job_from(text,text,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
+    ('operator', 'payout_pause_job(bigint)'),
+    ('operator', 'payout_resume_job(bigint)'),
+    ('operator', 'payout_cancel_job(bigint,text)'),
+    ('operator', 'payout_retry_job(bigint)'),
+    ('operator', 'payout_trigger_job(bigint)'),
+    ('operator', 'payout_process(integer,bigint)'),
+    ('operator', 'payout_deposit(text,bigint,text,text)'),
+    ('operator', 'payout_withdraw(text,bigint,text,text)'),
+    ('admin', 'payout_reverse_entry(bigint,text,bigint,text)'),
+    ('admin', 'payout_bind_accounts(regclass,name,name,text)'),
+    ('admin', 'payout_unbind_accounts(text)'),
+    ('admin', 'payout_start_worker()'),
+    ('admin', 'payout_stop_workers()'),
+    ('admin', 'payout_grant(regrole,text)'),
+    ('admin', 'payout_revoke(regrole)');
+SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_reader'')',
+    'SELECT routine FROM may WHERE level = ''reader''', 'a reader may call these');
+SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_operator'')',
+    'SELECT routine FROM may WHERE level IN (''reader'', ''operator'')', 'an operator may call these, too');
+SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_admin'')',
+    'SELECT routine FROM may', 'and an admin these');
+SELECT set_eq(format('SELECT * FROM pg_temp.rights(%L)', who),
+    $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
+                                           'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health']) AS v$$,
+    who || ' may read the views, and has no right on the storage')
+  FROM unnest(ARRAY['payoutq_test_reader', 'payoutq_test_operator', 'payoutq_test_admin']) AS who;
+SELECT ok(NOT has_schema_privilege(who, 'payoutq', 'USAGE, CREATE'), who || ' has no right on the schema')
+  FROM unnest(ARRAY['payoutq_test_reader', 'payoutq_test_operator', 'payoutq_test_admin']) AS who;
+SELECT is_empty($$SELECT routine FROM routines WHERE has_function_privilege('payoutq_test_admin', oid, 'EXECUTE WITH GRANT OPTION')$$,
+    'an admin grants with payout_grant() only');
+
+-- ---------------------------------------------------------------------------
+-- Every object has a level, a comment, and a search_path
+-- ---------------------------------------------------------------------------
+
+SELECT is_empty($$SELECT routine FROM routines WHERE proname LIKE 'payout\_%' AND payoutq.level_of(proname) IS NULL$$,
+    'each function of the API has a level');
+SELECT is_empty($$SELECT relation FROM relations WHERE relname LIKE 'payout\_%' AND payoutq.level_of(relname) IS NULL$$,
+    'each view of the API has a level');
+SELECT is_empty($$SELECT routine FROM routines WHERE pronamespace <> 'payoutq'::regnamespace AND proname NOT LIKE 'payout\_%'$$,
+    'outside the schema payoutq functions are named payout_*');
+SELECT is_empty($$SELECT relation FROM relations WHERE relnamespace <> 'payoutq'::regnamespace AND relname NOT LIKE 'payout\_%'$$,
+    'and so are relations');
+SELECT is_empty($$SELECT routine FROM routines WHERE proname LIKE 'payout\_%' AND coalesce(obj_description(oid, 'pg_proc'), '') = ''$$,
+    'each function of the API has a comment');
+SELECT is_empty($$SELECT relation FROM relations WHERE relname LIKE 'payout\_%' AND coalesce(obj_description(oid, 'pg_class'), '') = ''$$,
+    'each view of the API has a comment');
+SELECT is_empty($$SELECT routine FROM routines WHERE prosecdef
+                     AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)$$,
+    'each SECURITY DEFINER function has a search_path of its own');
+SELECT is_empty($$SELECT routine FROM routines JOIN pg_language l ON l.oid = prolang
+                   WHERE lanname IN ('sql', 'plpgsql') AND NOT prosecdef AND proname <> 'payout_preview_job_from'
+                     AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)$$,
+    'and so have the others, but for the one that runs a query of its caller');
+SELECT is_empty($$SELECT relation FROM relations WHERE relkind = 'v' AND (reloptions IS NOT NULL OR relowner <> (SELECT extowner FROM pg_extension WHERE extname = 'payoutq'))$$,
+    'views read with the rights of the owner of the extension');
+
+-- ---------------------------------------------------------------------------
+-- Calls: what is granted works, the rest is refused
+-- ---------------------------------------------------------------------------
+
+BEGIN;
+SET LOCAL ROLE payoutq_test_nobody;
+SELECT throws_ok(call, '42501', NULL, 'nobody: ' || call)
+  FROM unnest(ARRAY['SELECT * FROM payout_job_status(1)', 'SELECT * FROM payout_jobs', 'SELECT * FROM payout_accounts',
+                    'SELECT payout_split(1, ''{1}'')', 'SELECT payout_balance(''a'')', 'CALL payout_process()',
+                    'SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT * FROM payoutq.job',
+                    'SELECT payoutq.change_balance(''a'', ''USD'', 1)', 'SELECT payout_grant(''payoutq_test_nobody'', ''admin'')']) AS call;
+
+SET LOCAL ROLE payoutq_test_reader;
+SELECT lives_ok(call, 'reader: ' || call)
+  FROM unnest(ARRAY['SELECT * FROM payout_job_status(1)', 'SELECT * FROM payout_job_status(''paid'')',
+                    'SELECT payout_wait_for_job(1, ''1 s'')', 'SELECT payout_balance(''a'')', 'SELECT payout_balance(''@platform'')',
+                    'SELECT * FROM payout_statement(''a'')', 'SELECT * FROM payout_verify()', 'SELECT payout_split(1, ''{1}'')',
+                    'SELECT * FROM payout_jobs', 'SELECT * FROM payout_entries', 'SELECT * FROM payout_failed_entries',
+                    'SELECT * FROM payout_batches', 'SELECT * FROM payout_accounts', 'SELECT * FROM payout_ledger',
+                    'SELECT * FROM payout_workers', 'SELECT * FROM payout_stats', 'SELECT * FROM payout_health']) AS call;
+SELECT throws_ok(call, '42501', NULL, 'reader: ' || call)
+  FROM unnest(ARRAY['SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT payout_pause_job(2)', 'CALL payout_process()',
+                    'SELECT payout_deposit(''a'', 1, ''x'')', 'SELECT * FROM payout_preview_job(''x'', ARRAY[''a''], ARRAY[1])',
+                    'SELECT * FROM payoutq.job', 'SELECT * FROM payoutq.workers()', 'SELECT payoutq.wake()',
+                    'UPDATE payout_accounts SET balance = 1', 'DELETE FROM payout_accounts']) AS call;
+
+SET LOCAL ROLE payoutq_test_operator;
+SELECT lives_ok(call, 'operator: ' || call)
+  FROM unnest(ARRAY['SELECT payout_create_job(''o1'', ARRAY[''a''], ARRAY[1])', 'SELECT payout_create_job(''o2'', ''[{"user_id": "a", "amount": 1}]'')',
+                    'SELECT payout_create_job_from(''o3'', ''SELECT ''''a'''' AS user_id, 1 AS amount'')',
+                    'SELECT * FROM payout_preview_job(''o4'', ARRAY[''a''], ARRAY[1])', 'SELECT * FROM payout_preview_job(''o4'', ''[{"user_id": "a", "amount": 1}]'')',
+                    'SELECT * FROM payout_preview_job_from(''o4'', ''SELECT ''''a'''' AS user_id, 1 AS amount'')',
+                    'SELECT payout_pause_job(2)', 'SELECT payout_resume_job(2)', 'SELECT payout_trigger_job(2)', 'SELECT payout_retry_job(2)',
+                    'SELECT payout_cancel_job(2)', 'SELECT payout_deposit(''a'', 1, ''d1'')', 'SELECT payout_withdraw(''a'', 1, ''w1'')']) AS call;
+SELECT is((SELECT created_by FROM payout_jobs WHERE reference = 'o1'), 'payoutq_test_operator', 'a job knows who created it');
+SELECT throws_ok(call, '42501', NULL, 'operator: ' || call)
+  FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_bind_accounts(''pg_class'', ''oid'', ''relpages'')',
+                    'SELECT payout_unbind_accounts()', 'SELECT payout_start_worker()', 'SELECT payout_stop_workers()',
+                    'SELECT payout_grant(''payoutq_test_operator'', ''admin'')', 'SELECT payout_revoke(''payoutq_test_reader'')',
+                    'SELECT * FROM payoutq.entry', 'INSERT INTO payoutq.movement DEFAULT VALUES']) AS call;
+
+SET LOCAL ROLE payoutq_test_admin;
+SELECT lives_ok(call, 'admin: ' || call)
+  FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_stop_workers()',
+                    'SELECT payout_grant(''payoutq_test_nobody'', ''reader'')', 'SELECT payout_revoke(''payoutq_test_nobody'')']) AS call;
+SELECT throws_ok(call, '42501', NULL, 'admin: ' || call)
+  FROM unnest(ARRAY['SELECT * FROM payoutq.entry', 'UPDATE payoutq.account SET balance = 1', 'DELETE FROM payoutq.movement',
+                    'CREATE TRIGGER t BEFORE UPDATE ON payoutq.batch FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()',
+                    'ALTER TABLE payoutq.batch DISABLE TRIGGER ALL', 'SELECT payoutq.change_balance(''a'', ''USD'', 1)',
+                    'DROP EXTENSION payoutq']) AS call;
+ROLLBACK;
+
+-- ---------------------------------------------------------------------------
+-- Grant and revoke
+-- ---------------------------------------------------------------------------
+
+SELECT throws_ok('SELECT payout_grant(''payoutq_test_nobody'', ''owner'')', '22023', NULL, 'no such level');
+SELECT throws_ok('SELECT payout_grant(''payoutq_test_nobody'', NULL)', '22023', NULL, 'level null');
+SELECT throws_ok('SELECT payout_grant(NULL, ''reader'')', '22023', NULL, 'role null');
+SELECT throws_ok('SELECT payout_revoke(NULL)', '22023', NULL, 'revoke: role null');
+SELECT throws_ok('SELECT payout_grant(''payoutq_no_such_role'', ''reader'')', '42704', NULL, 'no such role');
+SELECT lives_ok($$SELECT payout_grant('"payoutq test Odd ""role"', 'reader')$$, 'names are quoted');
+SELECT isnt_empty($$SELECT pg_temp.rights('payoutq test Odd "role')$$, 'and the role has its grants');
+SELECT payout_revoke(who) FROM unnest(ARRAY['payoutq_test_admin', '"payoutq test Odd ""role"']::regrole[]) AS who;
+SELECT is_empty('SELECT pg_temp.callable(''payoutq_test_admin'')', 'payout_revoke() takes every function back');
+SELECT is_empty('SELECT pg_temp.rights(''payoutq_test_admin'')', 'and every view');
+SELECT isnt_empty('SELECT pg_temp.callable(''payoutq_test_reader'')', 'and leaves other roles what they have');
+SELECT lives_ok('DROP ROLE "payoutq test Odd ""role"', 'nothing is left that would keep a role from being dropped');
+
+-- ---------------------------------------------------------------------------
+-- A query of a job can do no more than the role that created it
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE app.secret (user_id text, amount bigint);
+INSERT INTO app.secret VALUES ('mallory', 1000000);
+CREATE TABLE app.trap (who name);
+GRANT INSERT ON app.trap TO PUBLIC;
+CREATE FUNCTION app.spring() RETURNS bigint LANGUAGE sql AS $$ INSERT INTO app.trap VALUES (current_user) RETURNING 1::bigint $$;
+CREATE FUNCTION app.become(statement text) RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN EXECUTE statement; RETURN 1; END $$;
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA app TO payoutq_test_operator;
+SET ROLE payoutq_test_operator;
+SELECT throws_ok($$SELECT * FROM payout_preview_job_from('q0', 'SELECT * FROM app.secret')$$, '42501', NULL,
+    'a preview reads nothing that its caller may not');
+SELECT payout_create_job_from('q1', 'SELECT * FROM app.secret') AS q1,
+       payout_create_job_from('q2', 'SELECT ''u'' AS user_id, app.become(''SET ROLE postgres'') AS amount') AS q2,
+       payout_create_job_from('q3', 'SELECT ''u'' AS user_id, app.become(''RESET SESSION AUTHORIZATION'') AS amount') AS q3,
+       payout_create_job_from('q4', 'SELECT ''u'' AS user_id, app.become(''CREATE TEMP TABLE trap ()'') AS amount') AS q4 \gset
+RESET ROLE;
+SELECT payout_create_job_from('q5', 'SELECT ''u'' AS user_id, app.become(''DELETE FROM app.secret'') AS amount') AS q5 \gset
+SELECT payout_create_job_from('q6', 'SELECT ''paid by query'' AS user_id, amount FROM app.secret') AS q6 \gset
+CALL payout_process();
+SELECT results_eq(
+    $$SELECT j.reference, j.status, j.error_code FROM payoutq.job j WHERE j.reference ~ '^q[1-5]$' ORDER BY 1$$,
+    $$VALUES ('q1', 'failed', '42501'), ('q2', 'failed', '42501'), ('q3', 'failed', '42501'), ('q4', 'failed', '42501'),
+             ('q5', 'failed', '42501')$$,
+    'a query that reads what its creator may not, becomes somebody else, leaves a trap, or writes as a superuser, stops its job');
+SELECT isnt_empty('SELECT FROM app.secret', 'the superuser''s query has deleted nothing');
+SELECT is(payout_balance('paid by query'), 1000000::bigint, 'but may read everything');
+SELECT is(payout_balance('mallory'), 0::bigint, 'the operator''s may not');
+
+-- ---------------------------------------------------------------------------
+-- Operators and functions of the same names, found first
+-- ---------------------------------------------------------------------------
+
+CREATE SCHEMA evil AUTHORIZATION payoutq_test_operator;
+SET ROLE payoutq_test_operator;
+CREATE TABLE evil.log (who name, what text);
+CREATE FUNCTION evil.note(what text) RETURNS void LANGUAGE sql AS $$ INSERT INTO evil.log VALUES (current_user, what) $$;
+-- each does what the true one does, and notes who called it
+DO $$
+DECLARE
+    o record;
+BEGIN
+    FOR o IN
+        SELECT op.oprname, op.oprleft::regtype AS l, op.oprright::regtype AS r, op.oprresult::regtype AS result
+          FROM pg_operator op
+         WHERE op.oprname IN ('=', '<>', '<', '<=', '>', '>=', '+', '-', '*', '/', '%', '||', '~', '~~', '!~~', '->>', '->')
+           AND op.oprleft IN ('text'::regtype, 'bigint'::regtype, 'integer'::regtype, 'numeric'::regtype, 'name'::regtype,
+                              'timestamptz'::regtype, 'boolean'::regtype, 'oid'::regtype, 'jsonb'::regtype, 'interval'::regtype)
+           AND op.oprright IN ('text'::regtype, 'bigint'::regtype, 'integer'::regtype, 'numeric'::regtype, 'name'::regtype,
+                              'timestamptz'::regtype, 'boolean'::regtype, 'oid'::regtype, 'interval'::regtype)
+    LOOP
+        EXECUTE format($f$CREATE FUNCTION evil.op(%1$s, %2$s) RETURNS %3$s LANGUAGE plpgsql AS $b$
+            BEGIN PERFORM evil.note('operator'); RETURN $1 OPERATOR(pg_catalog.%4$s) $2; END $b$ $f$, o.l, o.r, o.result, o.oprname);
+        EXECUTE format('CREATE OPERATOR evil.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.op)', o.oprname, o.l, o.r);
+        EXECUTE format('ALTER FUNCTION evil.op(%s, %s) RENAME TO %I', o.l, o.r, 'op_' || o.oprname || o.l || o.r);
+    END LOOP;
+END $$;
+CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('now'); RETURN pg_catalog.now(); END $$;
+CREATE FUNCTION evil.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('clock_timestamp'); RETURN pg_catalog.clock_timestamp(); END $$;
+CREATE FUNCTION evil.format(text, VARIADIC text[]) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('format'); RETURN $1; END $$;
+CREATE FUNCTION evil.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('pg_notify'); END $$;
+CREATE FUNCTION evil.left(text, integer) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('left'); RETURN $1; END $$;
+CREATE FUNCTION evil.round(numeric, integer) RETURNS numeric LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('round'); RETURN $1; END $$;
+CREATE FUNCTION evil.current_setting(text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('current_setting'); RETURN '500'; END $$;
+CREATE FUNCTION evil.array_length(anyarray, integer) RETURNS integer LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.note('array_length'); RETURN 1; END $$;
+CREATE TABLE evil.pg_class (LIKE pg_catalog.pg_class);
+CREATE TABLE evil.pg_proc (LIKE pg_catalog.pg_proc);
+SET search_path = evil, pg_catalog, public;
+
+SELECT 1 + 1 \g /dev/null
+RESET search_path;
+SELECT isnt_empty('SELECT FROM evil.log', 'the trap works: 1 + 1 is noted');
+DELETE FROM evil.log;
+
+SET search_path = evil, pg_catalog, public;
+SELECT public.payout_create_job('evil', ARRAY['a', 'b', 'c'], ARRAY[1, 2, 3], platform_fee => 1, batch_size => 1) AS job \gset
+SELECT public.payout_create_job('evil2', '[{"user_id": "x", "amount": 5}]', run_at => '2100-01-01') AS later \gset
+SELECT public.payout_create_job_from('evil3', 'SELECT ''q''::text AS user_id, 1::bigint AS amount') \g /dev/null
+SELECT * FROM public.payout_preview_job('evil4', ARRAY['a'], ARRAY[1]) \g /dev/null
+SELECT public.payout_pause_job(:later), public.payout_resume_job(:later) \g /dev/null
+CALL public.payout_process();
+SELECT public.payout_trigger_job(:later), public.payout_retry_job(:later), public.payout_cancel_job(:later) \g /dev/null
+SELECT public.payout_deposit('a', 1, 'e1'), public.payout_withdraw('a', 1, 'e2') \g /dev/null
+SELECT public.payout_balance('a'), public.payout_balance('@platform'), public.payout_wait_for_job(:job, '1 s'), public.payout_split(5, '{1,2}') \g /dev/null
+SELECT * FROM public.payout_job_status(:job), public.payout_statement('a'), public.payout_verify() \g /dev/null
+SELECT count(*) FROM public.payout_jobs, public.payout_entries \g /dev/null
+SELECT count(*) FROM public.payout_ledger, public.payout_batches, public.payout_failed_entries, public.payout_accounts \g /dev/null
+SELECT count(*) FROM public.payout_workers, public.payout_stats, public.payout_health \g /dev/null
+RESET search_path;
+RESET ROLE;
+SELECT results_eq(format('SELECT status, completed_count FROM payout_job_status(%s)', :job), $$VALUES ('completed', 3::bigint)$$,
+    'with an evil search_path a job is paid as ever');
+SELECT is((SELECT amount FROM payout_entries WHERE user_id = 'q'), 1::bigint, 'also one of a query');
+SELECT is_empty($$SELECT * FROM evil.log WHERE who <> 'payoutq_test_operator'$$, 'and nothing of it ran with other rights');
+SELECT is_empty($$SELECT what, count(*) FROM evil.log GROUP BY 1$$, 'nor at all');
+
+-- ---------------------------------------------------------------------------
+-- CREATE EXTENSION into a schema where somebody has prepared traps
+-- ---------------------------------------------------------------------------
+
+DROP EXTENSION payoutq;
+CREATE SCHEMA trapped AUTHORIZATION payoutq_test_operator;
+DO $$
+DECLARE
+    o record;
+BEGIN
+    -- the exact types, which beat the polymorphic and the converted ones
+    FOR o IN
+        SELECT op.oprname, l, r FROM (VALUES ('=', 'oid', 'regclass'), ('||', 'text', 'bigint'), ('*', 'numeric', 'integer'),
+                                             ('=', 'name', 'text'), ('||', 'text', 'text')) AS op (oprname, l, r)
+    LOOP
+        EXECUTE format($f$CREATE FUNCTION trapped.op(%1$s, %2$s) RETURNS %3$s LANGUAGE plpgsql AS $b$
+            BEGIN RAISE EXCEPTION 'trapped: %4$s'; END $b$ $f$, o.l, o.r,
+            CASE o.oprname WHEN '=' THEN 'boolean' WHEN '*' THEN 'numeric' ELSE 'text' END, o.oprname);
+        EXECUTE format('CREATE OPERATOR trapped.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = trapped.op)', o.oprname, o.l, o.r);
+    END LOOP;
+END $$;
+SELECT lives_ok('CREATE EXTENSION payoutq SCHEMA trapped', 'an operator prepared in its schema is not called by the script');
+SELECT is_empty(
+    $$SELECT d.classid::regclass, d.objid FROM pg_depend d
+       WHERE (d.refclassid = 'pg_operator'::regclass AND d.refobjid IN (SELECT oid FROM pg_operator WHERE oprnamespace = 'trapped'::regnamespace)
+              OR d.refclassid = 'pg_proc'::regclass AND d.refobjid IN (SELECT oid FROM pg_proc WHERE pronamespace = 'trapped'::regnamespace AND proname = 'op'))
+         AND d.classid NOT IN ('pg_operator'::regclass, 'pg_proc'::regclass)$$,
+    'and built into no view, index or default');
+SELECT is(trapped.payout_create_job('other schema', ARRAY['a'], ARRAY[1]) > 0, true, 'the extension works in another schema');
+CALL trapped.payout_process();
+SELECT is(trapped.payout_balance('a'), 1::bigint, 'and pays there');
+SELECT is_empty('SELECT * FROM trapped.payout_verify() WHERE NOT ok', 'and its books balance');
+SELECT lives_ok('SELECT trapped.payout_grant(''payoutq_test_reader'', ''reader'')', 'and can be granted');
+SELECT lives_ok('SELECT count(*) FROM trapped.payout_ledger, trapped.payout_jobs, trapped.payout_health', 'and its views can be read');
+
+SELECT finish();
+DROP EXTENSION payoutq;
+DROP SCHEMA app, evil, trapped CASCADE;
+DROP ROLE payoutq_test_nobody, payoutq_test_reader, payoutq_test_operator, payoutq_test_admin;
+CREATE EXTENSION payoutq;
