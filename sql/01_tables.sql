@@ -32,6 +32,7 @@ CREATE TABLE payoutq.job (
     run_at         timestamptz NOT NULL DEFAULT now(),
     metadata       jsonb,
     origin         text NOT NULL,       -- see payoutq.origin()
+    bound          boolean NOT NULL,    -- was the currency, when the job was created?
     attempts       integer NOT NULL DEFAULT 0,  -- to expand the query
     error_code     text,
     error          text,
@@ -40,6 +41,7 @@ CREATE TABLE payoutq.job (
     completed_at   timestamptz
 );
 CREATE INDEX job_active ON payoutq.job (priority DESC, id) WHERE status IN ('queued', 'running');
+CREATE INDEX job_run_at ON payoutq.job (run_at) WHERE status IN ('queued', 'running');
 COMMENT ON TABLE payoutq.job IS
 'one row a job; total_pool, amount and total_winners are null until the query of a payout_create_job_from() has been expanded';
 

@@ -15,6 +15,12 @@ LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_wake_sql';
 COMMENT ON FUNCTION payoutq.wake() IS
 'wakes the workers of this database, and whoever waits for a job, when the transaction commits';
 
+-- Whoever inserts a job wakes, a restore too.
+CREATE FUNCTION payoutq.wake_workers() RETURNS trigger
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_wake_trigger';
+CREATE TRIGGER wake_workers AFTER INSERT ON payoutq.job
+    FOR EACH STATEMENT EXECUTE FUNCTION payoutq.wake_workers();
+
 CREATE FUNCTION payoutq.change_balance(account text, currency text, amount bigint) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_change_balance_sql';
 COMMENT ON FUNCTION payoutq.change_balance(text, text, bigint) IS
@@ -79,6 +85,16 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 COMMENT ON FUNCTION payoutq.announce(bigint, text) IS
 'notifies the channel payoutq_jobs: {"event", "job_id", "reference", "status"}';
+
+-- As payout_bind_accounts() has found it.
+CREATE FUNCTION payoutq.is_bound(currency text) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM payoutq.binding b
+                     JOIN pg_attribute a ON a.attrelid = b.table_name AND a.attname = b.key_column
+                     JOIN pg_index i ON i.indrelid = b.table_name AND i.indisunique AND i.indisvalid
+                      AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum
+                    WHERE b.currency = is_bound.currency)
+$$;
 
 -- The job, locked against its workers, or 42704.
 CREATE FUNCTION payoutq.locked_job(job_id bigint) RETURNS payoutq.job

@@ -99,9 +99,19 @@ LANGUAGE plpgsql AS $$
 DECLARE
     users text[];
     shares bigint[];
+    type text;
 BEGIN
-    EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(q.user_id::pg_catalog.text), pg_catalog.array_agg(q.amount::pg_catalog.int8) FROM (%s) AS q',
-                              pg_catalog.rtrim(query, E'; \n\t')) INTO users, shares;
+    IF query IS NULL THEN
+        RAISE EXCEPTION 'query must not be null' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(q.user_id::pg_catalog.text), pg_catalog.array_agg(q.amount)::pg_catalog.int8[], '
+                              'pg_catalog.format_type(pg_catalog.min(pg_catalog.pg_typeof(q.amount)::pg_catalog.oid), NULL) '
+                              'FROM (' || pg_catalog.chr(10) || '%s' || pg_catalog.chr(10) || ') AS q',
+                              pg_catalog.rtrim(query, '; ' || pg_catalog.chr(10) || pg_catalog.chr(9))) INTO users, shares, type;
+    IF type NOT IN ('bigint', 'integer', 'smallint') THEN
+        RAISE EXCEPTION 'column "amount" of the query must be of type bigint, not %', type
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Cast it to bigint, in minor units.';
+    END IF;
     RETURN QUERY SELECT * FROM @extschema@.payout_preview_job(
         reference, coalesce(users, '{}'), coalesce(shares, '{}'), total_pool, platform_fee, challenge_id, currency, priority,
         batch_size, run_at, source_account, provider, metadata);

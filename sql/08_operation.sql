@@ -35,6 +35,11 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     ORDER BY 1 DESC LIMIT 1
 $$;
 
+CREATE FUNCTION payoutq.restored_jobs() RETURNS bigint
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT count(*) FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.origin <> payoutq.origin()
+$$;
+
 CREATE VIEW @extschema@.payout_health AS
 SELECT c.check_name,
        CASE c.bad_when WHEN 'above' THEN c.value <= c.threshold ELSE c.value >= c.threshold END AS ok,
@@ -47,9 +52,8 @@ SELECT c.check_name,
     SELECT 'failed_jobs', count(*), 0, 'above', 'jobs that could not run; mend the cause, then payout_retry_job()'
       FROM payoutq.job j WHERE j.status = 'failed'
     UNION ALL
-    SELECT 'restored_jobs', count(*), 0, 'above',
-           'jobs that came in with a restore and wait until payout_verify() is satisfied, or for payout_trigger_job()'
-      FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.origin <> payoutq.origin()
+    SELECT 'restored_jobs', payoutq.restored_jobs(), 0, 'above',
+           'jobs that came in with a restore and wait until their books are complete, or for payout_trigger_job()'
     UNION ALL
     SELECT 'failed_entries', coalesce(sum(p.failed), 0), 0, 'above',
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'

@@ -6,7 +6,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.level FROM (VALUES
         ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
                          'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
-                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'workers', 'xmin_holders', 'origin']),
+                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'workers', 'xmin_holders', 'restored_jobs']),
         ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
                            'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
                            'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw']),

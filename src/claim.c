@@ -40,7 +40,7 @@ static int	job_count = 0;
 static int64 last_served = 0;
 static TimestampTz due_only_until = 0;
 
-static void read_job(ActiveJob *job, int row, const char *origin);
+static void read_job(ActiveJob *job, int row);
 static ActiveJob *old_entry(const ActiveJob *job, int *position);
 static bool claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim);
 static JobWork nothing_claimed(ActiveJob *job);
@@ -49,23 +49,22 @@ void
 payoutq_refresh_jobs(int64 only_job, bool woken)
 {
 	static EngineStatement list = {
-		"SELECT id, priority, status = 'queued', query IS NOT NULL AND total_winners IS NULL,"
-		"       origin, currency"
+		"SELECT id, priority, status = 'queued', query IS NOT NULL AND total_winners IS NULL, currency"
 		"  FROM payoutq.job"
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
-		"   AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
+		"   AND origin = $5 AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
 		"        (SELECT b.run_after FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'pending'"
 		"          ORDER BY b.run_after LIMIT 1), true))"
 		" ORDER BY priority DESC, id LIMIT $3",
-		4, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID}
+		5, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID, TEXTOID}
 	};
 	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[] = {TimestampTzGetDatum(now), Int64GetDatum(only_job),
-		Int32GetDatum(MAX_ACTIVE_JOBS), BoolGetDatum(now < due_only_until)};
+		Int32GetDatum(MAX_ACTIVE_JOBS), BoolGetDatum(now < due_only_until),
+		CStringGetTextDatum(payoutq_origin())};
 	ActiveJob  *fresh;
 	int			count;
 	int			old = 0;
-	char	   *origin = payoutq_origin();
 
 	count = payoutq_execute(&list, values, NULL, SPI_OK_SELECT);
 	fresh = MemoryContextAllocZero(TopMemoryContext,
@@ -74,7 +73,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 	{
 		ActiveJob  *before;
 
-		read_job(&fresh[i], i, origin);
+		read_job(&fresh[i], i);
 		before = old_entry(&fresh[i], &old);
 		if (before == NULL)
 			continue;
@@ -110,7 +109,7 @@ payoutq_list_due_jobs(void)
 }
 
 static void
-read_job(ActiveJob *job, int row, const char *origin)
+read_job(ActiveJob *job, int row)
 {
 	bool		isnull;
 
@@ -118,8 +117,7 @@ read_job(ActiveJob *job, int row, const char *origin)
 	job->priority = (int32) payoutq_result_int64(row, 2);
 	job->queued = DatumGetBool(payoutq_result(row, 3, &isnull));
 	job->unexpanded = DatumGetBool(payoutq_result(row, 4, &isnull));
-	job->foreign = strcmp(payoutq_result_cstring(row, 5), origin) != 0;
-	strlcpy(job->currency, payoutq_result_cstring(row, 6), NAMEDATALEN);
+	strlcpy(job->currency, payoutq_result_cstring(row, 5), NAMEDATALEN);
 	job->position_run_after = DT_NOBEGIN;
 	job->careful = CAREFUL_BATCHES;
 }
@@ -182,8 +180,6 @@ payoutq_leave_alone(ActiveJob *job, int milliseconds)
 JobWork
 payoutq_claim(ActiveJob *job, Claim *claim)
 {
-	if (job->foreign)
-		return WORK_ADOPT;
 	if (!payoutq_lock_job(job->id, ShareLock, false))
 	{
 		payoutq_leave_alone(job, LOCKED_JOB_WAIT_MS);
@@ -309,17 +305,19 @@ TimestampTz
 payoutq_next_due(TimestampTz now)
 {
 	static EngineStatement future = {
-		"SELECT min(run_at) FROM payoutq.job WHERE status IN ('queued', 'running') AND run_at > $1",
+		"SELECT run_at FROM payoutq.job WHERE status IN ('queued', 'running') AND run_at > $1"
+		" ORDER BY run_at LIMIT 1",
 		1, {TIMESTAMPTZOID}
 	};
 	Datum		values[] = {TimestampTzGetDatum(now)};
 	bool		isnull;
-	TimestampTz due;
+	TimestampTz due = 0;
 
-	(void) payoutq_execute(&future, values, NULL, SPI_OK_SELECT);
-	due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
-	if (isnull)
-		due = 0;
+	if (payoutq_execute(&future, values, NULL, SPI_OK_SELECT) == 1)
+		due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
+
+	if (now < payoutq_adopt_due() && (due == 0 || payoutq_adopt_due() < due))
+		due = payoutq_adopt_due();
 
 	/* Then not all that wait are in the list. */
 	if (now < due_only_until && (due == 0 || due_only_until < due))

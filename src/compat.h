@@ -13,6 +13,7 @@
 #include "miscadmin.h"
 #include "storage/proc.h"
 #include "utils/acl.h"
+#include "utils/guc.h"
 #include "utils/wait_event.h"
 
 #if PG_VERSION_NUM < 150000
@@ -48,6 +49,15 @@ payoutq_wait_event(uint32 *cache, const char *name)
 	return *cache;
 #else
 	return PG_WAIT_EXTENSION;
+#endif
+}
+
+/* Since PostgreSQL 17 a setting can end long transactions, a worker's too. */
+static inline void
+payoutq_disable_transaction_timeout(void)
+{
+#if PG_VERSION_NUM >= 170000
+	SetConfigOption("transaction_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 #endif
 }
 

@@ -198,12 +198,8 @@ create_job(JobSpec *spec)
 	job_id = insert_job(spec, hash);
 	if (job_id == 0)
 		job_id = existing_job(spec, hash);
-	else
-	{
-		if (spec->query == NULL)
-			write_entries(spec, job_id);
-		payoutq_wake_at_commit();
-	}
+	else if (spec->query == NULL)
+		write_entries(spec, job_id);
 	payoutq_engine_leave(&state);
 	SPI_finish();
 	PG_RETURN_INT64(job_id);
@@ -236,8 +232,9 @@ insert_job(const JobSpec *spec, bytea *hash)
 	static EngineStatement insert = {
 		"INSERT INTO payoutq.job (reference, payload_hash, challenge_id, currency, source_account,"
 		"       total_pool, platform_fee, query, search_path, created_by, priority, batch_size,"
-		"       run_at, metadata, origin)"
-		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
+		"       run_at, metadata, origin, bound)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,"
+		"         EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = $4))"
 		" ON CONFLICT (reference) DO NOTHING RETURNING id",
 		15, {TEXTOID, BYTEAOID, INT8OID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID,
 			TEXTOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID}

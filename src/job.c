@@ -25,6 +25,8 @@
 /* How long restored jobs wait until it is looked again whether they are whole. */
 #define ADOPT_WAIT_MS	10000
 
+static TimestampTz adopt_after = 0;
+
 static void announce(int64 job_id, const char *event);
 static void post_fee(int64 job_id, int64 fee, const char *currency);
 
@@ -115,39 +117,45 @@ payoutq_fail_job(int64 job_id, int sqlstate, const char *message)
 
 /*
  * Jobs that came in with a restore go on when all that belongs to them is
- * there, which is when the books balance.  Until then they say what is amiss;
- * payout_trigger_job() lets one go on all the same.
+ * there: the books balance, and a table that was bound is, with its unique
+ * index, which a restore makes after all data.  Until then they say what is
+ * amiss; payout_trigger_job() lets one go on all the same.
  */
-bool
+void
 payoutq_adopt_jobs(void)
 {
-	static EngineStatement adopt = {
-		"WITH amiss AS (SELECT string_agg(check_name, ', ') AS checks FROM payoutq.verify() WHERE NOT ok)"
-		" UPDATE payoutq.job SET"
-		"    origin = CASE WHEN amiss.checks IS NULL THEN $1 ELSE origin END,"
-		"    error = 'restored, and waits for payout_verify(): ' || amiss.checks"
-		"   FROM amiss WHERE origin <> $1 AND status IN ('queued', 'running')"
-		" RETURNING amiss.checks IS NULL",
+	static EngineStatement find = {
+		"SELECT FROM payoutq.job WHERE status IN ('queued', 'running') AND origin <> $1 LIMIT 1",
 		1, {TEXTOID}
 	};
-	static TimestampTz tried = 0;
+	static EngineStatement adopt = {
+		"WITH amiss AS (SELECT string_agg(check_name, ', ') AS checks FROM payoutq.verify() WHERE NOT ok),"
+		" looked AS ("
+		"    SELECT j.id, CASE WHEN amiss.checks IS NOT NULL THEN 'payout_verify() to be satisfied: ' || amiss.checks"
+		"                      WHEN j.bound AND NOT payoutq.is_bound(j.currency) THEN 'the bound table to be complete' END AS waits_for"
+		"      FROM payoutq.job j, amiss WHERE j.origin <> $1 AND j.status IN ('queued', 'running'))"
+		" UPDATE payoutq.job j SET origin = CASE WHEN waits_for IS NULL THEN $1 ELSE origin END,"
+		"        error = 'restored, and waits for ' || waits_for"
+		"   FROM looked WHERE j.id = looked.id",
+		1, {TEXTOID}
+	};
 	Datum		values[] = {CStringGetTextDatum(payoutq_origin())};
 	TimestampTz now = GetCurrentTimestamp();
-	bool		isnull;
-	uint64		count;
 
-	/* It reads everything: one process at a time, and not for each job. */
-	if (!TimestampDifferenceExceeds(tried, now, ADOPT_WAIT_MS) ||
-		!payoutq_lock_job(0, ExclusiveLock, false))
-		return false;
-	tried = now;
+	if (now < adopt_after || payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 0)
+		return;
+	adopt_after = TimestampTzPlusMilliseconds(now, ADOPT_WAIT_MS);
 
-	count = payoutq_execute(&adopt, values, NULL, SPI_OK_UPDATE_RETURNING);
-	if (count == 0 || !DatumGetBool(payoutq_result(0, 1, &isnull)))
-		return false;
-	ereport(LOG,
-			(errmsg(UINT64_FORMAT " restored payout jobs go on", count)));
-	return true;
+	/* It reads everything: one process at a time. */
+	if (payoutq_lock_job(0, ExclusiveLock, false))
+		(void) payoutq_execute(&adopt, values, NULL, SPI_OK_UPDATE);
+}
+
+/* When to look again whether restored jobs are whole; in the past: none waits. */
+TimestampTz
+payoutq_adopt_due(void)
+{
+	return adopt_after;
 }
 
 void

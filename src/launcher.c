@@ -38,6 +38,9 @@
 
 #define LAUNCHER_RESTART_S	5
 
+/* When the server has no room for another worker. */
+#define NO_ROOM_WAIT_MS		10000
+
 /* A worker that was forked must have attached to its slot by then. */
 #define START_TIMEOUT_MS	30000
 
@@ -48,8 +51,10 @@ static void scan_databases(void);
 static bool is_chosen(const char *name);
 static void drop_vanished(List *existing);
 static long keep_workers(void);
-static bool keep_database(DatabaseSlot *database, TimestampTz now, long *nap);
-static void count_workers(Oid database, int *residents, int *helpers);
+static bool keep_resident(DatabaseSlot *database, TimestampTz now, long *nap);
+static bool keep_helpers(DatabaseSlot *database, TimestampTz now);
+static void look_at(const DatabaseSlot *database, DatabaseSlot *copy,
+					int *residents, int *helpers);
 static bool start_worker(Oid database, bool resident, TimestampTz now);
 static void init_worker(BackgroundWorker *worker, Oid database, int slot,
 						TimestampTz started);
@@ -193,7 +198,10 @@ drop_vanished(List *existing)
 
 		if (slot->state != DATABASE_FREE && slot->held == 0 &&
 			!list_member_oid(existing, slot->database))
+		{
 			slot->state = DATABASE_FREE;
+			payoutq_set_latches(slot->database);
+		}
 	}
 	foreach(cell, existing)
 		if (payoutq_database_slot(lfirst_oid(cell), true) == NULL)
@@ -207,44 +215,39 @@ drop_vanished(List *existing)
 	LWLockRelease(payoutq_shared->lock);
 }
 
-/* Start what is missing.  Returns how long nothing is to do, in milliseconds. */
+/*
+ * Start what is missing, a resident in each database before any helper.
+ * Returns how long nothing is to do, in milliseconds.
+ */
 static long
 keep_workers(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	long		nap = payoutq_interval * 1000L;
+	bool		room = true;
 
 	forget_stillborn(now);
-	for (int i = 0; i < PAYOUTQ_MAX_DATABASES; i++)
-		if (!keep_database(&payoutq_shared->databases[i], now, &nap))
-		{
-			/* Out of worker processes: later. */
-			nap = Min(nap, 10000);
-			break;
-		}
-	return nap;
+	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
+		room = keep_resident(&payoutq_shared->databases[i], now, &nap);
+	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
+		room = keep_helpers(&payoutq_shared->databases[i], now);
+
+	/* Out of worker processes: later. */
+	return room ? nap : Min(nap, NO_ROOM_WAIT_MS);
 }
 
 /* Returns false when the server has no room for another worker. */
 static bool
-keep_database(DatabaseSlot *database, TimestampTz now, long *nap)
+keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
 {
 	DatabaseSlot copy;
 	int			residents;
 	int			helpers;
-	int			wanted = 0;
 
-	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	copy = *database;
-	count_workers(copy.database, &residents, &helpers);
-	LWLockRelease(payoutq_shared->lock);
-
-	if (copy.state == DATABASE_UNKNOWN || copy.state == DATABASE_ACTIVE ||
-		(copy.state == DATABASE_WITHOUT && copy.wanted))
-		wanted = Min(payoutq_workers, 1);
-	if (copy.state == DATABASE_ACTIVE && copy.help)
-		wanted = payoutq_workers;
-	if (wanted == 0 || copy.held > 0)
+	look_at(database, &copy, &residents, &helpers);
+	if (residents > 0 || copy.held > 0 || payoutq_workers == 0 ||
+		!(copy.state == DATABASE_UNKNOWN || copy.state == DATABASE_ACTIVE ||
+		  (copy.state == DATABASE_WITHOUT && copy.wanted)))
 		return true;
 	if (copy.start_after > now)
 	{
@@ -252,33 +255,40 @@ keep_database(DatabaseSlot *database, TimestampTz now, long *nap)
 		return true;
 	}
 
-	if (residents == 0 && !start_worker(copy.database, true, now))
-		return false;
-	for (; helpers < wanted - 1; helpers++)
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database->wanted = false;
+	LWLockRelease(payoutq_shared->lock);
+	return start_worker(copy.database, true, now);
+}
+
+static bool
+keep_helpers(DatabaseSlot *database, TimestampTz now)
+{
+	DatabaseSlot copy;
+	int			residents;
+	int			helpers;
+
+	look_at(database, &copy, &residents, &helpers);
+	if (!copy.help || copy.held > 0 || copy.state != DATABASE_ACTIVE || copy.start_after > now)
+		return true;
+
+	for (; helpers < payoutq_workers - 1; helpers++)
 		if (!start_worker(copy.database, false, now))
 			return false;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	database->wanted = database->help = false;
+	database->help = false;
 	LWLockRelease(payoutq_shared->lock);
 	return true;
 }
 
 static void
-count_workers(Oid database, int *residents, int *helpers)
+look_at(const DatabaseSlot *database, DatabaseSlot *copy, int *residents, int *helpers)
 {
-	*residents = *helpers = 0;
-	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
-	{
-		WorkerSlot *worker = &payoutq_shared->workers[i];
-
-		if (worker->state == WORKER_FREE || worker->database != database)
-			continue;
-		if (worker->resident)
-			(*residents)++;
-		else
-			(*helpers)++;
-	}
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	*copy = *database;
+	payoutq_count_workers(copy->database, residents, helpers);
+	LWLockRelease(payoutq_shared->lock);
 }
 
 static bool

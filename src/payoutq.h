@@ -139,6 +139,8 @@ extern void payoutq_hold_database(Oid database);
 extern void payoutq_wake_workers(Oid database);
 extern void payoutq_wake_launcher(void);
 extern DatabaseSlot *payoutq_database_slot(Oid database, bool create);
+extern bool payoutq_set_latches(Oid database);
+extern void payoutq_count_workers(Oid database, int *residents, int *helpers);
 extern uint64 payoutq_wake_generation(Oid database);
 extern bool payoutq_call_for_help(Oid database);
 extern void payoutq_worker_report(WorkerState state, int64 job_id,
@@ -183,7 +185,6 @@ typedef enum JobWork
 	WORK_NONE,					/* nothing to do now */
 	WORK_BATCH,					/* *claim is locked by this transaction */
 	WORK_EXPAND,				/* the job's query has not been run */
-	WORK_ADOPT,					/* the job came in with a restore */
 	WORK_FINISH					/* no batch is pending */
 } JobWork;
 
@@ -193,7 +194,6 @@ typedef struct ActiveJob
 	int32		priority;
 	bool		queued;			/* nothing of it was begun */
 	bool		unexpanded;		/* its query was not run */
-	bool		foreign;		/* came in with a restore */
 	char		currency[NAMEDATALEN];
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
@@ -282,7 +282,8 @@ extern uint64 payoutq_process(uint64 max_batches, int64 only_job);
 /* job.c: a job's states */
 extern void payoutq_begin_job(int64 job_id);
 extern bool payoutq_finish_job(int64 job_id);
-extern bool payoutq_adopt_jobs(void);
+extern void payoutq_adopt_jobs(void);
+extern TimestampTz payoutq_adopt_due(void);
 extern void payoutq_fail_job(int64 job_id, int sqlstate, const char *message);
 extern void payoutq_require_job(int64 job_id);
 

@@ -19,12 +19,15 @@
 
 #include "payoutq.h"
 
-/* How old the list of jobs may get before it is read again. */
+/*
+ * How old the list of jobs may get before it is read again; and if reading takes
+ * long, because there are very many, so many times as old.
+ */
 #define REFRESH_MS		100
+#define REFRESH_FACTOR	20
 
-/* How long a job is left alone when it could not be expanded or adopted. */
+/* How long a job is left alone when it could not be expanded. */
 #define EXPAND_WAIT_MS	1000
-#define ADOPT_WAIT_MS	10000
 
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
@@ -39,6 +42,7 @@ static MemoryContext turn_context = NULL;
 
 static bool begin_turn(EngineState *state);
 static bool refresh(int64 only_job, bool woken);
+static TimestampTz next_refresh(TimestampTz began);
 static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
 static void note_failure(ActiveJob *job, const ErrorData *error, EngineState *state);
@@ -52,7 +56,7 @@ PG_FUNCTION_INFO_V1(payout_process);
 uint64
 payoutq_process(uint64 max_batches, int64 only_job)
 {
-	static TimestampTz refreshed = 0;
+	static TimestampTz refresh_at = 0;
 	static int64 refreshed_for = -1;
 	static uint64 generation = 0;
 	MemoryContext caller = CurrentMemoryContext;
@@ -77,8 +81,7 @@ payoutq_process(uint64 max_batches, int64 only_job)
 		MemoryContextReset(turn_context);
 
 		if ((job == NULL && !just_refreshed) || newest != generation ||
-			refreshed_for != only_job ||
-			TimestampDifferenceExceeds(refreshed, now, REFRESH_MS))
+			refreshed_for != only_job || now >= refresh_at)
 		{
 			/* A session was not woken, but called: it looks at every job. */
 			bool		woken = newest != generation ||
@@ -86,11 +89,11 @@ payoutq_process(uint64 max_batches, int64 only_job)
 
 			/* What comes in while we read is seen the next time. */
 			generation = newest;
-			refreshed = now;
 			refreshed_for = only_job;
 			just_refreshed = true;
 			if (!refresh(only_job, woken))
 				break;
+			refresh_at = next_refresh(now);
 			continue;
 		}
 		if (job == NULL && payoutq_list_due_jobs())
@@ -136,9 +139,19 @@ refresh(int64 only_job, bool woken)
 
 	if (!begin_turn(&state))
 		return false;
+	payoutq_adopt_jobs();
 	payoutq_refresh_jobs(only_job, woken);
 	payoutq_turn_end(&state);
 	return true;
+}
+
+static TimestampTz
+next_refresh(TimestampTz began)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	return TimestampTzPlusMilliseconds(now, Max(REFRESH_MS, REFRESH_FACTOR *
+												TimestampDifferenceMilliseconds(began, now)));
 }
 
 /* One turn for one job.  *tried: a batch of it was. */
@@ -165,11 +178,6 @@ serve(ActiveJob *job, bool *tried)
 			job->unexpanded = !payoutq_expand_job(job->id, &state);
 			if (job->unexpanded)
 				payoutq_leave_alone(job, EXPAND_WAIT_MS);
-			break;
-		case WORK_ADOPT:
-			job->foreign = !payoutq_adopt_jobs();
-			if (job->foreign)
-				payoutq_leave_alone(job, ADOPT_WAIT_MS);
 			break;
 		case WORK_FINISH:
 			/* Give the job's Share lock back before its Exclusive one. */

@@ -49,6 +49,7 @@ static void at_end(XactEvent event, void *arg);
 static void set_latch_of(int proc);
 
 PG_FUNCTION_INFO_V1(payoutq_wake_sql);
+PG_FUNCTION_INFO_V1(payoutq_wake_trigger);
 PG_FUNCTION_INFO_V1(payoutq_worker_slots);
 
 void
@@ -205,7 +206,6 @@ void
 payoutq_wake_workers(Oid database)
 {
 	DatabaseSlot *slot;
-	bool		found = false;
 
 	if (payoutq_shared == NULL)
 		return;
@@ -220,6 +220,17 @@ payoutq_wake_workers(Oid database)
 		slot->wanted = true;
 		slot->generation++;
 	}
+	if (!payoutq_set_latches(database))
+		set_latch_of(payoutq_shared->launcher_proc);
+	LWLockRelease(payoutq_shared->lock);
+}
+
+/* With the lock held.  Returns true if the database has a worker, or gets one. */
+bool
+payoutq_set_latches(Oid database)
+{
+	bool		found = false;
+
 	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
 	{
 		WorkerSlot *worker = &payoutq_shared->workers[i];
@@ -230,9 +241,7 @@ payoutq_wake_workers(Oid database)
 		if (worker->state != WORKER_STARTING)
 			set_latch_of(worker->proc);
 	}
-	if (!found)
-		set_latch_of(payoutq_shared->launcher_proc);
-	LWLockRelease(payoutq_shared->lock);
+	return found;
 }
 
 void
@@ -240,6 +249,24 @@ payoutq_wake_launcher(void)
 {
 	if (payoutq_shared)
 		set_latch_of(payoutq_shared->launcher_proc);
+}
+
+/* With the lock held. */
+void
+payoutq_count_workers(Oid database, int *residents, int *helpers)
+{
+	*residents = *helpers = 0;
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state == WORKER_FREE || worker->database != database)
+			continue;
+		if (worker->resident)
+			(*residents)++;
+		else
+			(*helpers)++;
+	}
 }
 
 /* With the lock held, in exclusive mode to create.  NULL: none, or no room. */
@@ -347,6 +374,14 @@ payoutq_wake_sql(PG_FUNCTION_ARGS)
 	payoutq_wake_at_commit();
 	payoutq_announce_at_commit();
 	PG_RETURN_VOID();
+}
+
+/* After an INSERT into payoutq.job, be it by a restore. */
+Datum
+payoutq_wake_trigger(PG_FUNCTION_ARGS)
+{
+	payoutq_wake_at_commit();
+	PG_RETURN_POINTER(NULL);
 }
 
 /* Workers of this database: pid, state, job, batch, since, batches, entries, last_error */

@@ -49,7 +49,7 @@ static void attach(int slot, TimestampTz started);
 static void detach(int code, Datum arg);
 static void report_database(DatabaseState state);
 static void prepare_session(void);
-static bool extension_exists(void);
+static void require_extension(void);
 static bool work(long *nap);
 static bool is_superfluous(TimestampTz worked_at);
 static void wait_for_work(long nap);
@@ -76,6 +76,7 @@ payoutq_worker_main(Datum arg)
 	for (;;)
 	{
 		long		nap;
+		bool		busy;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -85,14 +86,13 @@ payoutq_worker_main(Datum arg)
 			payoutq_engine_settings_for_process();
 		}
 
-		if (work(&nap))
-		{
+		busy = work(&nap);
+		if (busy)
 			worked_at = GetCurrentTimestamp();
-			continue;
-		}
 		if (is_superfluous(worked_at))
 			proc_exit(0);
-		wait_for_work(nap);
+		if (!busy)
+			wait_for_work(nap);
 	}
 }
 
@@ -183,6 +183,7 @@ prepare_session(void)
 	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("statement_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
+	payoutq_disable_transaction_timeout();
 	payoutq_engine_settings_for_process();
 }
 
@@ -201,12 +202,7 @@ work(long *nap)
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
 	pgstat_report_activity(STATE_RUNNING, "payoutq: looking for work");
-	if (!extension_exists())
-	{
-		AbortCurrentTransaction();
-		report_database(DATABASE_WITHOUT);
-		proc_exit(0);
-	}
+	require_extension();
 	if (!known)
 		report_database(DATABASE_ACTIVE);
 	known = true;
@@ -215,6 +211,8 @@ work(long *nap)
 	if (batches > 1)
 		(void) payoutq_call_for_help(MyDatabaseId);
 
+	/* It may have been dropped since; this is another transaction. */
+	require_extension();
 	PushActiveSnapshot(GetTransactionSnapshot());
 	SPI_connect();
 	now = GetCurrentTimestamp();
@@ -236,27 +234,47 @@ work(long *nap)
 	return batches >= BATCHES_PER_ROUND;
 }
 
-static bool
-extension_exists(void)
+/* Lock it for this transaction; without it, there is nothing to do here. */
+static void
+require_extension(void)
 {
 	bool		exists;
 
 	PushActiveSnapshot(GetTransactionSnapshot());
 	exists = payoutq_lock_extension();
 	PopActiveSnapshot();
-	return exists;
+	if (exists)
+		return;
+
+	AbortCurrentTransaction();
+	report_database(DATABASE_WITHOUT);
+	proc_exit(0);
 }
 
-/* A helper with nothing to do, or nobody wants workers any more. */
+/*
+ * A helper with nothing to do, one more than payoutq.workers, or a worker of a
+ * database that is no longer in payoutq.databases.
+ */
 static bool
 is_superfluous(TimestampTz worked_at)
 {
+	bool		unwanted;
+	int			residents;
+	int			helpers;
+
 	if (payoutq_my_slot == NULL)
 		return false;
-	if (payoutq_workers == 0)
+
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	unwanted = payoutq_database_slot(MyDatabaseId, false) == NULL;
+	payoutq_count_workers(MyDatabaseId, &residents, &helpers);
+	LWLockRelease(payoutq_shared->lock);
+
+	if (unwanted || payoutq_workers == 0)
 		return true;
 	return !payoutq_my_slot->resident &&
-		TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS);
+		(residents + helpers > payoutq_workers ||
+		 TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS));
 }
 
 static void

@@ -1,7 +1,7 @@
 -- payout_preview_job() and payout_preview_job_from(): what payout_create_job()
 -- would do, and nothing done.
 \ir fresh.psql
-SELECT plan(55);
+SELECT plan(56);
 
 CREATE TABLE app.wallet (id text PRIMARY KEY, coins bigint DEFAULT 0);
 INSERT INTO app.wallet VALUES ('a', 5), ('b', NULL);

@@ -1,7 +1,7 @@
 -- The views: their columns, what they say of jobs in all states, statistics
 -- and alerts.
 \ir fresh.psql
-SELECT plan(60);
+SELECT plan(61);
 
 -- ---------------------------------------------------------------------------
 -- Columns that applications rely on; there may be more
@@ -42,7 +42,7 @@ SELECT is_empty('SELECT FROM ' || v, v || ' is empty at first')
                     'payout_ledger', 'payout_stats', 'payout_workers']) AS v;
 SELECT results_eq('SELECT check_name, ok FROM payout_health ORDER BY check_name',
     $$VALUES ('entries_per_second', true), ('failed_entries', true), ('failed_jobs', true), ('oldest_job', true),
-             ('worker_running', false), ('xmin_holder', true)$$,
+             ('restored_jobs', true), ('worker_running', false), ('xmin_holder', true)$$,
     'all is well, but for the worker, which this test has stopped');
 SELECT is_empty('SELECT * FROM payout_health WHERE num_nulls(check_name, ok, value, threshold, hint) > 0', 'no check leaves anything out');
 
@@ -182,6 +182,10 @@ ROLLBACK;
 BEGIN;
 UPDATE payoutq.job SET status = 'failed' WHERE id = :half;
 SELECT results_eq('SELECT * FROM pg_temp.health(''failed_jobs'')', 'VALUES (false, 1::numeric)', 'failed_jobs: 1');
+ROLLBACK;
+BEGIN;
+UPDATE payoutq.job SET origin = 'elsewhere' WHERE id = :half;
+SELECT results_eq('SELECT * FROM pg_temp.health(''restored_jobs'')', 'VALUES (false, 1::numeric)', 'restored_jobs: 1');
 ROLLBACK;
 SELECT results_eq('SELECT * FROM pg_temp.health(''worker_running'')', 'VALUES (false, 0::numeric)', 'worker_running: none');
 SELECT matches((SELECT hint FROM payout_health WHERE check_name = 'failed_entries'), 'payout_retry_job', 'a hint says what to do');

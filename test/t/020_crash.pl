@@ -22,9 +22,8 @@ my $node = start_node('main', conf => 'log_checkpoints = off');
 create_db_with_extension($node, 'app');
 
 # Half of the accounts are there already, so batches insert and update.
-$node->safe_psql('app', qq{
-	SELECT count(payout_deposit('u' || i, 5, 'deposit ' || i))
-	FROM generate_series(1, $entries / 2) i});
+create_job($node, 'app', 'half', $entries / 2);
+wait_for_job($node, 'app', "'half'");
 slow_down($node, 'app');
 my $job = create_job($node, 'app', 'crashes', $entries, args => 'batch_size => 20');
 
@@ -54,8 +53,8 @@ is($node->safe_psql('app', qq{
 	'all entries are paid');
 is($node->safe_psql('app', qq{
 		SELECT count(*), count(*) FILTER (WHERE balance <>
-		       substr(user_id, 2)::int +
-		       CASE WHEN substr(user_id, 2)::int <= $entries / 2 THEN 5 ELSE 0 END)
+		       substr(user_id, 2)::int *
+		       CASE WHEN substr(user_id, 2)::int <= $entries / 2 THEN 2 ELSE 1 END)
 		FROM payout_accounts}),
 	"$entries|0",
 	'everybody has his share, once');

@@ -1,0 +1,46 @@
+# The number of workers follows payoutq.workers on reload, also in the middle of
+# a job.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = start_node('main', conf => q(payoutq.interval = '1d'));
+create_db_with_extension($node, 'app');
+slow_down($node, 'app');
+my $entries = 15_000;
+my $job = create_job($node, 'app', 'job', $entries, args => 'batch_size => 10');
+
+foreach my $n (2, 4, 1, 0, 3)
+{
+	$node->append_conf('postgresql.conf', "payoutq.workers = $n");
+	$node->reload;
+	ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', $n),
+		"payoutq.workers = $n");
+	is($node->safe_psql('app', "SELECT status FROM payout_job_status($job)"),
+		'running', 'in the middle of the job');
+	books_ok($node, 'app', "$n workers");
+}
+
+# Each of them is shown with what it does.
+ok(wait_for($node, 'app', qq{
+		SELECT count(*) FROM payout_workers
+		WHERE job_id = $job AND batch_no IS NOT NULL AND state = 'working'
+		  AND batches > 0 AND entries = 10 * batches}, 3),
+	'the view shows three at work');
+
+ok(wait_for_job($node, 'app', $job), 'the job is completed');
+paid_once_ok($node, 'app', $entries, 'at the end');
+is(worker_errors($node, 0), '', 'no complaint of a worker');
+
+# With nothing left to do, one stays.
+ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 1),
+	'helpers leave when the work is done');
+
+$node->stop;
+done_testing();

@@ -1,0 +1,68 @@
+# Workers that were stopped by hand stay away until they are started again; one
+# that was ended by somebody else comes back.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = start_node('main', conf => q(payoutq.interval = '1d'));
+create_db_with_extension($node, 'app');
+slow_down($node, 'app');
+my $workers = 'SELECT count(*) FROM payout_workers';
+my $entries = 6000;
+my $job = create_job($node, 'app', 'job', $entries, args => 'batch_size => 10');
+my $paid = "SELECT completed_count FROM payout_job_status($job)";
+
+# Ended by somebody else: another takes over.
+ok(wait_for($node, 'app', $workers, 2), 'two are at work');
+my $pid = worker_pid($node, 'app');
+$node->safe_psql('app', "SELECT pg_terminate_backend($pid)");
+ok(wait_for($node, 'app', "SELECT count(*) = 2 AND bool_and(pid <> $pid) FROM payout_workers"),
+	'one that was terminated is replaced');
+
+# A batch that is cancelled is tried again.
+$node->safe_psql('app', 'SELECT pg_cancel_backend(pid) FROM payout_workers') foreach (1 .. 5);
+ok(wait_for($node, 'app', $workers, 2), 'there are two after a cancel');
+
+# Stopped by hand, they stay away, also when there is a new job.
+is($node->safe_psql('app', 'SELECT payout_stop_workers()'), 2, 'two are stopped');
+ok(wait_for($node, 'app', $workers, 0), 'they leave');
+my $before = $node->safe_psql('app', $paid);
+cmp_ok($before, '<', $entries, 'in the middle of the job');
+is($node->safe_psql('app', "SELECT ok FROM payout_health WHERE check_name = 'worker_running'"),
+	'f', 'payout_health tells');
+my $next = create_job($node, 'app', 'next', 10, prefix => 'next');
+is($node->safe_psql('app', "SELECT payout_wait_for_job($next, '1.5 s')"), 'queued',
+	'nobody pays a new job');
+is($node->safe_psql('app', $paid), $before, 'nor goes on with the old one');
+books_ok($node, 'app', 'stopped');
+
+# A worker that was only just asked for is stopped too.  The pauses, made of
+# work, let the launcher get to different points.
+$node->safe_psql('app', q{
+	DO $$ BEGIN
+		FOR i IN 1..100 LOOP
+			PERFORM payout_start_worker();
+			PERFORM count(*) FROM generate_series(1, i * 500);
+			PERFORM payout_stop_workers();
+		END LOOP;
+	END $$});
+ok(wait_for($node, 'app', $workers, 0, 20), 'start and stop at once leaves none');
+
+$node->safe_psql('app', 'SELECT payout_start_worker()');
+ok(wait_for_job($node, 'app', $next), 'started again, they pay the new job');
+ok(wait_for_job($node, 'app', $job), 'and the old one');
+paid_once_ok($node, 'app', $entries, 'at the end');
+
+# A restart of the server starts them too.
+$node->safe_psql('app', 'SELECT payout_stop_workers()');
+$node->restart;
+ok(wait_for($node, 'app', $workers, 1), 'a worker is there after a restart');
+
+$node->stop;
+done_testing();
