@@ -43,8 +43,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
                        WHERE m.credit_account = account AND m.currency = system_balance.currency), 0)
           - coalesce((SELECT sum(m.amount) FROM payoutq.movement m
                        WHERE m.debit_account = account AND m.currency = system_balance.currency), 0)
-          - coalesce((SELECT sum(p.paid) FROM payoutq.progress p
-                       WHERE p.job_id = CASE WHEN account ~ '^@job:[0-9]{1,18}$'
+          - coalesce((SELECT sum(p.paid) FROM payoutq.progress p JOIN payoutq.job j ON j.id = p.job_id
+                       WHERE j.currency = system_balance.currency AND p.job_id = CASE WHEN account ~ '^@job:[0-9]{1,18}$'
                                              THEN substr(account, 6)::bigint END), 0))::bigint
 $$;
 COMMENT ON FUNCTION payoutq.system_balance(text, text) IS
@@ -54,11 +54,6 @@ CREATE FUNCTION payoutq.latest_system_balance(account text, currency text) RETUR
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_latest_balance_sql';
 COMMENT ON FUNCTION payoutq.latest_system_balance(text, text) IS
 'payoutq.system_balance() of what is committed now, at any isolation level; for whoever holds the lock';
-
-CREATE FUNCTION payoutq.lock_reference(reference text) RETURNS void
-LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_reference_sql';
-COMMENT ON FUNCTION payoutq.lock_reference(text) IS
-'waits until nobody else posts a movement with the reference, until the transaction ends';
 
 CREATE FUNCTION payoutq.read_winners(winners jsonb)
 RETURNS TABLE (entry integer, user_id text, amount bigint)

@@ -48,6 +48,9 @@ BEGIN
     UPDATE payoutq.job SET status = 'cancelled', completed_at = clock_timestamp(), error = reason
      WHERE id = target.id;
     PERFORM payoutq.announce(target.id, 'cancelled');
+
+    -- Whoever still runs its query need not finish it.
+    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = target.id AND w.batch_no = 0;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
 'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';

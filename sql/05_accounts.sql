@@ -30,16 +30,17 @@ BEGIN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
     END IF;
 
-    PERFORM payoutq.lock_reference(reference);
-    SELECT m.* INTO posted FROM payoutq.movement m WHERE m.reference = reference;
-    IF NOT FOUND THEN
+    -- The account first, so that the movement is posted after what it follows.
+    PERFORM FROM payoutq.account a WHERE a.user_id = user_id AND a.currency = currency FOR UPDATE;
+    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
+    VALUES (kind, debit, credit, currency, amount, reference)
+    ON CONFLICT ON CONSTRAINT movement_reference_key DO NOTHING RETURNING m.id INTO id;
+    IF id IS NOT NULL THEN
         PERFORM payoutq.change_balance(user_id, currency, CASE kind WHEN 'deposit' THEN amount ELSE -amount END);
-        INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
-        VALUES (kind, debit, credit, currency, amount, reference)
-        RETURNING m.id INTO id;
         RETURN id;
     END IF;
 
+    SELECT m.* INTO STRICT posted FROM payoutq.movement m WHERE m.reference = reference;
     IF (posted.kind, posted.debit_account, posted.credit_account, posted.currency, posted.amount)
        IS DISTINCT FROM (kind, debit, credit, currency, amount) THEN
         RAISE EXCEPTION 'reference "%" is taken by movement %', reference, posted.id

@@ -63,18 +63,32 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_revoke(regrole) IS 'takes back what payout_grant() gave';
 
--- Nothing for PUBLIC: functions are executable by everybody unless revoked.
+-- Nothing for PUBLIC, nor for whom ALTER DEFAULT PRIVILEGES names: functions are
+-- executable by everybody unless revoked.
 DO $$
 DECLARE
-    routine regprocedure;
+    command text;
 BEGIN
-    FOR routine IN
-        SELECT d.objid FROM pg_catalog.pg_depend d
-          JOIN pg_catalog.pg_extension x ON x.oid = d.refobjid AND x.extname = 'payoutq'
-         WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.refclassid = 'pg_catalog.pg_extension'::regclass
-           AND d.deptype = 'e'
+    FOR command IN
+        SELECT format('REVOKE ALL ON %s FROM %s', o.target,
+                      CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END)
+          FROM pg_depend d
+          JOIN pg_extension x ON x.oid = d.refobjid AND x.extname = 'payoutq'
+         CROSS JOIN LATERAL (
+               SELECT 'ROUTINE ' || p.oid::regprocedure, coalesce(p.proacl, acldefault('f', p.proowner)), p.proowner
+                 FROM pg_proc p WHERE d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+               UNION ALL
+               SELECT CASE c.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || c.oid::regclass, c.relacl, c.relowner
+                 FROM pg_class c WHERE d.classid = 'pg_class'::regclass AND c.oid = d.objid AND c.relkind IN ('r', 'v', 'S')
+               UNION ALL
+               SELECT 'SCHEMA ' || n.oid::regnamespace, n.nspacl, n.nspowner
+                 FROM pg_namespace n WHERE d.classid = 'pg_namespace'::regclass AND n.oid = d.objid
+               ) AS o (target, acl, owner)
+         CROSS JOIN LATERAL aclexplode(o.acl) a
+         WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e' AND a.grantee <> o.owner
+         GROUP BY 1
     LOOP
-        EXECUTE pg_catalog.format('REVOKE ALL ON ROUTINE %s FROM PUBLIC', routine);
+        EXECUTE command;
     END LOOP;
 END $$;
 

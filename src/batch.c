@@ -19,6 +19,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_type.h"
+#include "miscadmin.h"
 #include "storage/ipc.h"
 #include "utils/builtins.h"
 #include "utils/snapmgr.h"
@@ -194,7 +195,11 @@ payoutq_take_attempt_back(const Claim *claim)
 	(void) payoutq_execute(&take_back, values, NULL, SPI_OK_UPDATE);
 }
 
-/* The process was told to end, or has met an error outside of a batch. */
+/*
+ * The process was told to end, or has met an error outside of a batch.  Nothing
+ * can interrupt us any more, so nothing is waited for: no lock, and no standby.
+ * Should the commit be lost, one attempt too many is counted.
+ */
 static void
 take_back_at_exit(int code, Datum arg)
 {
@@ -209,9 +214,10 @@ take_back_at_exit(int code, Datum arg)
 	PushActiveSnapshot(GetTransactionSnapshot());
 	SPI_connect();
 	payoutq_engine_enter(&state);
-	if (payoutq_lock_extension())
+	payoutq_set_local("synchronous_commit", "off");
+	if (payoutq_try_lock_extension())
 		payoutq_take_attempt_back(&claim);
-	payoutq_engine_leave(&state);
+	SetUserIdAndSecContext(state.user_id, state.sec_context);
 	SPI_finish();
 	PopActiveSnapshot();
 	CommitTransactionCommand();
@@ -266,7 +272,7 @@ record_failure(const Claim *claim, ErrorData *error)
 static void
 wait_or_fail(const Claim *claim, const ErrorData *error)
 {
-	if (claim->attempts + 1 < payoutq_max_attempts)
+	if (claim->failures + 1 < payoutq_max_attempts)
 		wait_for_another_try(claim, error);
 	else
 		fail_entries(claim, error->sqlerrcode, error->message);

@@ -151,7 +151,7 @@ payoutq_next_job(TimestampTz now)
 
 		if (next && job->priority < next->priority)
 			break;
-		if (job->idle_until > now)
+		if (job->idle_until > now || payoutq_is_avoided(job->id, now))
 			continue;
 		if (next == NULL)
 			next = job;
@@ -162,8 +162,6 @@ payoutq_next_job(TimestampTz now)
 		}
 	}
 
-	if (next)
-		last_served = next->id;
 	return next;
 }
 
@@ -180,6 +178,7 @@ payoutq_leave_alone(ActiveJob *job, int milliseconds)
 JobWork
 payoutq_claim(ActiveJob *job, Claim *claim)
 {
+	last_served = job->id;
 	if (!payoutq_lock_job(job->id, ShareLock, false))
 	{
 		payoutq_leave_alone(job, LOCKED_JOB_WAIT_MS);
@@ -208,7 +207,7 @@ static bool
 claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 {
 	static EngineStatement next = {
-		"SELECT b.batch_no, b.first_seq, b.last_seq, b.amount, b.attempts, b.crashes, b.run_after"
+		"SELECT b.batch_no, b.first_seq, b.last_seq, b.amount, b.attempts, b.crashes, b.run_after, b.error_code"
 		"  FROM payoutq.batch b"
 		" WHERE b.job_id = $1 AND b.status = 'pending'"
 		"   AND (b.run_after, b.batch_no) > ($2, $3) AND b.run_after <= $4"
@@ -219,6 +218,7 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	Datum		values[] = {Int64GetDatum(job->id), TimestampTzGetDatum(run_after),
 		Int32GetDatum(batch_no), TimestampTzGetDatum(GetCurrentTimestamp())};
 	bool		isnull;
+	char	   *code;
 
 	job->position_run_after = run_after;
 	job->position_batch_no = batch_no;
@@ -234,6 +234,11 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	claim->crashes = (int32) payoutq_result_int64(0, 6);
 	claim->run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
 	claim->currency = job->currency;
+
+	/* What is only in the way for a while does not use up attempts. */
+	code = payoutq_result_cstring(0, 8);
+	claim->failures = code && payoutq_classify(MAKE_SQLSTATE(code[0], code[1], code[2], code[3], code[4])) ==
+		FAILURE_TRANSIENT ? 0 : claim->attempts;
 	job->position_run_after = claim->run_after;
 	job->position_batch_no = claim->batch_no;
 	return true;

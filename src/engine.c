@@ -15,7 +15,6 @@
  *	job			Share by whoever pays one of its batches, Exclusive by whoever
  *				changes its state: once pause or cancel return, no batch of the
  *				job is being paid and none will be.
- *	reference	Exclusive by whoever posts a deposit or a withdrawal with it.
  *	account		Exclusive by whoever takes money from a system account, whose
  *				balance is derived and so has no row to lock.
  *	rows		the batch, then accounts in order of user_id, then progress.
@@ -43,7 +42,6 @@
 /* Advisory locks of applications have 1 or 2 in the fourth field. */
 #define LOCK_SPACE_JOB		0x7071
 #define LOCK_SPACE_ACCOUNT	0x7072
-#define LOCK_SPACE_REFERENCE	0x7073
 
 static Oid	storage_owner(void);
 static void prepare(EngineStatement *statement);
@@ -52,7 +50,6 @@ static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
 
 PG_FUNCTION_INFO_V1(payoutq_lock_job_sql);
-PG_FUNCTION_INFO_V1(payoutq_lock_reference_sql);
 PG_FUNCTION_INFO_V1(payoutq_origin_sql);
 
 void
@@ -102,7 +99,12 @@ enter_turn(EngineState *state)
 		state->guc_level = NewGUCNestLevel();
 	}
 	else
+	{
+		/* Money is durable when its transaction has committed. */
+		if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+			set_setting("synchronous_commit", "on", GUC_ACTION_LOCAL);
 		payoutq_engine_enter(state);
+	}
 	MemoryContextSwitchTo(state->context);
 }
 
@@ -172,6 +174,8 @@ void
 payoutq_engine_settings_for_process(void)
 {
 	set_engine_settings(GUC_ACTION_SET);
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+		set_setting("synchronous_commit", "on", GUC_ACTION_SET);
 }
 
 static void
@@ -208,10 +212,6 @@ set_engine_settings(GucAction action)
 
 	snprintf(timeout, sizeof(timeout), "%d", payoutq_lock_timeout);
 	set_setting("lock_timeout", timeout, action);
-
-	/* Money is durable when its transaction has committed. */
-	if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
-		set_setting("synchronous_commit", "on", action);
 }
 
 static Oid
@@ -329,6 +329,18 @@ payoutq_lock_extension(void)
 	return get_extension_oid("payoutq", true) == extension;
 }
 
+/* The same without waiting: false, too, while somebody is dropping it. */
+bool
+payoutq_try_lock_extension(void)
+{
+	Oid			extension = get_extension_oid("payoutq", true);
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ExtensionRelationId, extension, 0);
+	return OidIsValid(extension) &&
+		LockAcquire(&tag, AccessShareLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
 bool
 payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait)
 {
@@ -339,21 +351,17 @@ payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait)
 	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
 }
 
-/* Two strings may share a lock; then one waits for nothing. */
-static void
-lock_string(const char *string, uint16 space)
-{
-	LOCKTAG		tag;
-	uint64		hash = hash_bytes_extended((const unsigned char *) string, strlen(string), 0);
-
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash, space);
-	(void) LockAcquire(&tag, ExclusiveLock, false, false);
-}
-
+/* Two accounts may share a lock; then one waits for nothing. */
 void
 payoutq_lock_account(const char *account, const char *currency)
 {
-	lock_string(psprintf("%s %s", currency, account), LOCK_SPACE_ACCOUNT);
+	LOCKTAG		tag;
+	char	   *name = psprintf("%s %s", currency, account);
+	uint64		hash = hash_bytes_extended((const unsigned char *) name, strlen(name), 0);
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash,
+						 LOCK_SPACE_ACCOUNT);
+	(void) LockAcquire(&tag, ExclusiveLock, false, false);
 }
 
 /*
@@ -371,13 +379,6 @@ Datum
 payoutq_lock_job_sql(PG_FUNCTION_ARGS)
 {
 	(void) payoutq_lock_job(PG_GETARG_INT64(0), ExclusiveLock, true);
-	PG_RETURN_VOID();
-}
-
-Datum
-payoutq_lock_reference_sql(PG_FUNCTION_ARGS)
-{
-	lock_string(text_to_cstring(PG_GETARG_TEXT_PP(0)), LOCK_SPACE_REFERENCE);
 	PG_RETURN_VOID();
 }
 

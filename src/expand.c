@@ -52,6 +52,7 @@ static void read_answer(Expansion *e);
 static void become_creator(const Expansion *e, EngineState *ours);
 static SPIPlanPtr prepare_query(const char *query);
 static void write_slice(Expansion *e, EntryWriter *writer, StringInfo previous);
+static void require_running(const Expansion *e);
 static void complete(const Expansion *e);
 static void try_again_later(const Expansion *e);
 
@@ -125,8 +126,8 @@ payoutq_expand_job(int64 job_id, EngineState *state)
 	}
 	payoutq_turn_commit(state);
 
-	if (!payoutq_lock_extension() || !payoutq_lock_job(0, ExclusiveLock, false) ||
-		!payoutq_lock_job(job_id, ExclusiveLock, false))
+	/* Not the job's: whoever cancels it need not wait for its query. */
+	if (!payoutq_lock_extension() || !payoutq_lock_job(0, ExclusiveLock, false))
 		return false;
 	error = expand(&e);
 	if (error)
@@ -183,6 +184,7 @@ expand(Expansion *e)
 	PG_TRY();
 	{
 		read_answer(e);
+		require_running(e);
 		payoutq_fund_job(e->job_id, e->source_account, e->currency,
 						 payoutq_needed_amount(e->total, e->fee, e->has_pool, e->total_pool));
 		complete(e);
@@ -296,6 +298,22 @@ write_slice(Expansion *e, EntryWriter *writer, StringInfo previous)
 	}
 }
 
+/* From here on nobody changes its state. */
+static void
+require_running(const Expansion *e)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.job WHERE id = $1 AND status = 'running'", 1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(e->job_id)};
+
+	(void) payoutq_lock_job(e->job_id, ShareLock, true);
+	if (payoutq_select_latest(&find, values) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("job " INT64_FORMAT " was paused or cancelled while its query ran", e->job_id)));
+}
+
 static void
 complete(const Expansion *e)
 {
@@ -316,7 +334,7 @@ static void
 try_again_later(const Expansion *e)
 {
 	static EngineStatement wait = {
-		"UPDATE payoutq.job SET run_at = $2 WHERE id = $1",
+		"UPDATE payoutq.job SET run_at = $2 WHERE id = $1 AND status = 'running'",
 		2, {INT8OID, TIMESTAMPTZOID}
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id),

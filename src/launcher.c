@@ -39,7 +39,7 @@
 #define LAUNCHER_RESTART_S	5
 
 /* When the server has no room for another worker. */
-#define NO_ROOM_WAIT_MS		10000
+#define NO_ROOM_WAIT_MS		1000
 
 /* A worker that was forked must have attached to its slot by then. */
 #define START_TIMEOUT_MS	30000
@@ -53,6 +53,8 @@ static void drop_vanished(List *existing);
 static long keep_workers(void);
 static bool keep_resident(DatabaseSlot *database, TimestampTz now, long *nap);
 static bool keep_helpers(DatabaseSlot *database, TimestampTz now);
+static void ask_for_room(void);
+static void look_after_parked(void);
 static void look_at(const DatabaseSlot *database, DatabaseSlot *copy,
 					int *residents, int *helpers);
 static bool start_worker(Oid database, bool resident, TimestampTz now);
@@ -116,8 +118,9 @@ payoutq_launcher_main(Datum arg)
 		nap = keep_workers();
 
 		if (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-					  nap, payoutq_wait_event(&event, "PayoutqLauncherMain")) & WL_TIMEOUT)
-			payoutq_shared->rescan = true;
+					  nap, payoutq_wait_event(&event, "PayoutqLauncherMain")) & WL_TIMEOUT &&
+			nap >= payoutq_interval * 1000L)
+			look_after_parked();
 		ResetLatch(MyLatch);
 	}
 }
@@ -247,7 +250,7 @@ keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
 	look_at(database, &copy, &residents, &helpers);
 	if (residents > 0 || copy.held > 0 || payoutq_workers == 0 ||
 		!(copy.state == DATABASE_UNKNOWN || copy.state == DATABASE_ACTIVE ||
-		  (copy.state == DATABASE_WITHOUT && copy.wanted)))
+		  ((copy.state == DATABASE_WITHOUT || copy.state == DATABASE_PARKED) && copy.wanted)))
 		return true;
 	if (copy.start_after > now)
 	{
@@ -258,7 +261,49 @@ keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database->wanted = false;
 	LWLockRelease(payoutq_shared->lock);
-	return start_worker(copy.database, true, now);
+	if (start_worker(copy.database, true, now))
+		return true;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database->wanted = true;
+	ask_for_room();
+	LWLockRelease(payoutq_shared->lock);
+	return false;
+}
+
+/*
+ * With the lock held: let the worker leave that is idle for longest.  Its
+ * database is looked after again when something is committed there, and at
+ * each interval.
+ */
+static void
+ask_for_room(void)
+{
+	WorkerSlot *oldest = NULL;
+
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state == WORKER_IDLE && !worker->yield &&
+			(oldest == NULL || worker->since < oldest->since))
+			oldest = worker;
+	}
+	if (oldest == NULL)
+		return;
+	oldest->yield = true;
+	payoutq_set_latches(oldest->database);
+}
+
+static void
+look_after_parked(void)
+{
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	payoutq_shared->rescan = true;
+	for (int i = 0; i < PAYOUTQ_MAX_DATABASES; i++)
+		if (payoutq_shared->databases[i].state == DATABASE_PARKED)
+			payoutq_shared->databases[i].wanted = true;
+	LWLockRelease(payoutq_shared->lock);
 }
 
 static bool
@@ -272,13 +317,13 @@ keep_helpers(DatabaseSlot *database, TimestampTz now)
 	if (!copy.help || copy.held > 0 || copy.state != DATABASE_ACTIVE || copy.start_after > now)
 		return true;
 
-	for (; helpers < payoutq_workers - 1; helpers++)
-		if (!start_worker(copy.database, false, now))
-			return false;
-
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database->help = false;
 	LWLockRelease(payoutq_shared->lock);
+
+	for (; helpers < payoutq_workers - 1; helpers++)
+		if (!start_worker(copy.database, false, now))
+			return false;
 	return true;
 }
 

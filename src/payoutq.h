@@ -63,6 +63,7 @@ extern uint64 payoutq_execute(EngineStatement *statement, Datum *values,
 							  const char *nulls, int expected);
 extern uint64 payoutq_select_latest(EngineStatement *statement, Datum *values);
 extern bool payoutq_lock_extension(void);
+extern bool payoutq_try_lock_extension(void);
 extern bool payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait);
 extern void payoutq_lock_account(const char *account, const char *currency);
 extern char *payoutq_origin(void);
@@ -81,8 +82,17 @@ typedef enum DatabaseState
 	DATABASE_UNKNOWN,			/* not looked at yet */
 	DATABASE_ACTIVE,			/* has the extension */
 	DATABASE_WITHOUT,			/* has not */
+	DATABASE_PARKED,			/* has it, but its worker made room for another's */
 	DATABASE_STOPPED			/* payout_stop_workers() */
 } DatabaseState;
+
+/* A worker has failed outside of a batch while it served the job. */
+#define PAYOUTQ_AVOIDED		8
+typedef struct AvoidedJob
+{
+	int64		job_id;
+	TimestampTz until;
+} AvoidedJob;
 
 typedef struct DatabaseSlot
 {
@@ -94,6 +104,7 @@ typedef struct DatabaseSlot
 	uint64		generation;		/* counts wake-ups */
 	TimestampTz start_after;	/* no worker is started before */
 	int			failures;		/* of workers, in a row */
+	AvoidedJob	avoided[PAYOUTQ_AVOIDED];
 } DatabaseSlot;
 
 typedef enum WorkerState
@@ -109,6 +120,7 @@ typedef struct WorkerSlot
 	WorkerState state;
 	Oid			database;
 	bool		resident;		/* stays while the extension exists */
+	bool		yield;			/* unless there is room for others no more */
 	int			pid;
 	int			proc;			/* index in ProcGlobal->allProcs */
 	int64		job_id;
@@ -147,6 +159,7 @@ extern void payoutq_worker_report(WorkerState state, int64 job_id,
 								  int32 batch_no);
 extern void payoutq_worker_count(int64 entries);
 extern void payoutq_worker_error(const char *message);
+extern bool payoutq_is_avoided(int64 job_id, TimestampTz now);
 extern WorkerSlot *payoutq_my_slot;
 
 /* launcher.c */
@@ -175,6 +188,7 @@ typedef struct Claim
 	int32		last_seq;
 	int64		amount;
 	int32		attempts;
+	int32		failures;		/* attempts that count against max_attempts */
 	int32		crashes;
 	TimestampTz run_after;
 	char	   *currency;

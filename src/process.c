@@ -110,7 +110,8 @@ payoutq_process(uint64 max_batches, int64 only_job)
 		}
 	}
 
-	MemoryContextSwitchTo(caller);
+	/* In a worker, the caller's went with his transaction. */
+	MemoryContextSwitchTo(payoutq_is_worker ? CurTransactionContext : caller);
 	return batches;
 }
 

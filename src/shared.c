@@ -368,6 +368,23 @@ payoutq_worker_error(const char *message)
 		strlcpy(payoutq_my_slot->last_error, message, PAYOUTQ_ERROR_LENGTH);
 }
 
+/* The others go first for a while. */
+bool
+payoutq_is_avoided(int64 job_id, TimestampTz now)
+{
+	DatabaseSlot *slot;
+	bool		avoided = false;
+
+	if (payoutq_my_slot == NULL)
+		return false;
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	slot = payoutq_database_slot(MyDatabaseId, false);
+	for (int i = 0; slot && i < PAYOUTQ_AVOIDED; i++)
+		avoided |= slot->avoided[i].job_id == job_id && slot->avoided[i].until > now;
+	LWLockRelease(payoutq_shared->lock);
+	return avoided;
+}
+
 Datum
 payoutq_wake_sql(PG_FUNCTION_ARGS)
 {

@@ -34,6 +34,7 @@
 
 /* After a failure, from a second up to a minute until the next start. */
 #define MAX_BACKOFF_S		60
+#define AVOID_S				30
 
 /* A helper leaves after so long without work. */
 #define HELPER_PATIENCE_MS	5000
@@ -47,7 +48,7 @@ static bool unsupervised = false;
 
 static void attach(int slot, TimestampTz started);
 static void detach(int code, Datum arg);
-static void report_database(DatabaseState state);
+static void report_database(DatabaseState state, bool worked);
 static void prepare_session(void);
 static void require_extension(void);
 static bool work(long *nap);
@@ -91,6 +92,11 @@ payoutq_worker_main(Datum arg)
 			worked_at = GetCurrentTimestamp();
 		if (is_superfluous(worked_at))
 			proc_exit(0);
+		if (payoutq_my_slot && payoutq_my_slot->yield && !busy && nap >= payoutq_interval * 1000L)
+		{
+			report_database(DATABASE_PARKED, true);
+			proc_exit(0);
+		}
 		if (!busy)
 			wait_for_work(nap);
 	}
@@ -132,19 +138,22 @@ attach(int slot, TimestampTz started)
 static void
 detach(int code, Datum arg)
 {
+	DatabaseSlot *database;
+
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	if (code != 0)
+	database = payoutq_database_slot(payoutq_my_slot->database, false);
+	if (code != 0 && database)
 	{
-		DatabaseSlot *database = payoutq_database_slot(payoutq_my_slot->database, false);
+		int			seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
+		AvoidedJob *avoided = &database->avoided[database->failures % PAYOUTQ_AVOIDED];
 
-		if (database)
-		{
-			int			seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
+		database->failures++;
+		database->start_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+															seconds * INT64CONST(1000));
 
-			database->failures++;
-			database->start_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-																seconds * INT64CONST(1000));
-		}
+		/* Should it be the job's fault, the next worker begins with others. */
+		avoided->job_id = payoutq_my_slot->job_id;
+		avoided->until = TimestampTzPlusMilliseconds(database->start_after, AVOID_S * INT64CONST(1000));
 	}
 	memset(payoutq_my_slot, 0, sizeof(WorkerSlot));
 	payoutq_my_slot = NULL;
@@ -154,7 +163,7 @@ detach(int code, Datum arg)
 
 /* Tell the launcher what it could not see from outside. */
 static void
-report_database(DatabaseState state)
+report_database(DatabaseState state, bool worked)
 {
 	DatabaseSlot *database;
 
@@ -163,10 +172,9 @@ report_database(DatabaseState state)
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database = payoutq_database_slot(MyDatabaseId, false);
 	if (database && database->state != DATABASE_STOPPED)
-	{
 		database->state = state;
+	if (database && worked)
 		database->failures = 0;
-	}
 	LWLockRelease(payoutq_shared->lock);
 }
 
@@ -203,11 +211,12 @@ work(long *nap)
 	StartTransactionCommand();
 	pgstat_report_activity(STATE_RUNNING, "payoutq: looking for work");
 	require_extension();
-	if (!known)
-		report_database(DATABASE_ACTIVE);
-	known = true;
-
 	batches = payoutq_process(BATCHES_PER_ROUND, 0);
+
+	/* Only who has come through a round has not failed. */
+	if (!known)
+		report_database(DATABASE_ACTIVE, true);
+	known = true;
 	if (batches > 1)
 		(void) payoutq_call_for_help(MyDatabaseId);
 
@@ -247,7 +256,7 @@ require_extension(void)
 		return;
 
 	AbortCurrentTransaction();
-	report_database(DATABASE_WITHOUT);
+	report_database(DATABASE_WITHOUT, false);
 	proc_exit(0);
 }
 

@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(88);
+SELECT plan(92);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -161,6 +161,16 @@ SELECT payout_create_job('cast', ARRAY['11', '12', 'abc'], ARRAY[1, 1, 1], curre
 CALL payout_process();
 SELECT is(pg_temp.statuses(:job), '11 completed, 12 completed, abc retryable 22P02', 'so is a user id that is no key');
 
+SELECT payout_create_job('alias', ARRAY['11', '011', ' 11'], ARRAY[1, 2, 4], currency => 'bigint_key') AS job \gset
+SELECT coins AS before FROM app.bigint_key WHERE id = 11 \gset
+CALL payout_process();
+SELECT payout_trigger_job(:job);
+CALL payout_process();
+SELECT payout_trigger_job(:job);
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), ' 11 completed, 011 completed, 11 completed', 'user ids that mean one key are all paid');
+SELECT is((SELECT coins - :before FROM app.bigint_key WHERE id = 11), 7, 'each once');
+
 ALTER TABLE app.integer_key ADD CONSTRAINT rich CHECK (coins <= 1000);
 SELECT payout_create_job('check', ARRAY['11', '12', '13'], ARRAY[1, 1000, 1], currency => 'integer_key') AS job \gset
 CALL payout_process();
@@ -258,6 +268,28 @@ CALL payout_process();
 SELECT is_empty($$SELECT * FROM app.seen WHERE id NOT IN ('immediate', 'deferred')$$, 'a trigger cannot become somebody else, nor leave a trap');
 SELECT is((SELECT sum(coins) FROM app.owned), 2::numeric, 'and what it tried in is not paid');
 
+-- a trigger comes into the extension again, in the middle of a payment
+SET ROLE payoutq_test_app;
+CREATE TABLE app.coins (id text PRIMARY KEY, coins bigint DEFAULT 0);
+CREATE TABLE app.bonus (id text PRIMARY KEY, coins bigint DEFAULT 0);
+INSERT INTO app.coins SELECT 'u' || i FROM generate_series(1, 200) i;
+INSERT INTO app.bonus SELECT 'u' || i FROM generate_series(1, 200) i;
+CREATE FUNCTION app.cashback() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM public.payout_deposit(NEW.id, 1 + public.payout_balance(NEW.id, 'COINS') % 10, format('cashback:%s:%s', NEW.id, NEW.coins), 'BONUS');
+    RETURN NEW;
+END $$;
+CREATE TRIGGER cashback AFTER UPDATE ON app.coins FOR EACH ROW EXECUTE FUNCTION app.cashback();
+RESET ROLE;
+SELECT payout_grant('payoutq_test_app', 'operator');
+SELECT payout_bind_accounts('app.coins', 'id', 'coins', 'COINS'), payout_bind_accounts('app.bonus', 'id', 'coins', 'BONUS') \g /dev/null
+SELECT payout_create_job('cashback', array_agg('u' || i), array_agg(i), currency => 'COINS', batch_size => 7) AS job FROM generate_series(1, 200) i \gset
+CALL payout_process();
+SELECT payout_deposit('u' || i, 10, 'd5:' || i, 'COINS') FROM generate_series(1, 200) i \g /dev/null
+SELECT is((SELECT completed_count FROM payout_job_status(:job)), 200::bigint, 'a trigger may use the extension itself');
+SELECT is((SELECT count(*)::int FROM app.coins c JOIN app.bonus b USING (id)
+            WHERE 'u' || c.coins - 10 = id AND b.coins = 2 * (1 + c.coins % 10)), 200, 'and what it does there holds');
+
 -- in a superuser's table a trigger would be a superuser
 CREATE TABLE app.super (id text PRIMARY KEY, coins bigint);
 INSERT INTO app.super VALUES ('u', 0);
@@ -310,5 +342,5 @@ SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'and the books sti
 
 SELECT finish();
 DROP SCHEMA app CASCADE;
-SELECT payout_revoke('payoutq_test_other') \g /dev/null
+SELECT payout_revoke('payoutq_test_other'), payout_revoke('payoutq_test_app') \g /dev/null
 DROP ROLE payoutq_test_app, payoutq_test_other;

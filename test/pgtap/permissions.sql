@@ -2,7 +2,7 @@
 -- is closed to all levels; and nobody's search_path gains him anything.
 \ir fresh.psql
 DROP SCHEMA IF EXISTS evil, trapped CASCADE;
-DROP ROLE IF EXISTS payoutq_test_nobody, payoutq_test_reader, payoutq_test_operator, payoutq_test_admin, "payoutq test Odd ""role";
+DROP ROLE IF EXISTS payoutq_test_gone, payoutq_test_nobody, payoutq_test_reader, payoutq_test_operator, payoutq_test_admin, "payoutq test Odd ""role";
 CREATE ROLE payoutq_test_nobody;
 CREATE ROLE payoutq_test_reader;
 CREATE ROLE payoutq_test_operator;
@@ -12,7 +12,7 @@ GRANT USAGE ON SCHEMA app TO payoutq_test_operator, payoutq_test_nobody;
 SELECT payout_create_job('paid', ARRAY['a'], ARRAY[10]) AS paid \gset
 CALL payout_process();
 SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[10, 20], run_at => '2100-01-01') AS later \gset
-SELECT plan(122);
+SELECT plan(127);
 
 CREATE TEMP TABLE routines AS
 SELECT p.oid::regprocedure::text AS routine, p.* FROM pg_depend d JOIN pg_proc p ON p.oid = d.objid
@@ -52,7 +52,12 @@ SELECT payout_grant('payoutq_test_reader', 'reader');
 SELECT payout_grant('payoutq_test_operator', 'operator');
 SELECT payout_grant('payoutq_test_admin', 'admin');
 
+-- A function in a view is called with the rights of whoever reads the view.
+CREATE TEMP TABLE in_views AS
+SELECT DISTINCT routine FROM routines JOIN pg_depend d ON d.refobjid = routines.oid AND d.refclassid = 'pg_proc'::regclass
+ WHERE d.classid = 'pg_rewrite'::regclass AND pronamespace = 'payoutq'::regnamespace;
 CREATE TEMP TABLE may (level text, routine text);
+INSERT INTO may SELECT 'reader', routine FROM in_views;
 INSERT INTO may VALUES
     ('reader', 'payout_job_status(bigint)'),
     ('reader', 'payout_job_status(text)'),
@@ -61,10 +66,6 @@ INSERT INTO may VALUES
     ('reader', 'payout_statement(text,text)'),
     ('reader', 'payout_verify()'),
     ('reader', 'payout_split(bigint,bigint[])'),
-    -- not to be called, but to read payout_workers and payout_health
-    ('reader', 'payoutq.workers()'),
-    ('reader', 'payoutq.xmin_holders()'),
-    ('reader', 'payoutq.origin()'),
     ('operator', 'payout_create_job(text,jsonb,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
     ('operator', 'payout_create_job(text,text[],bigint[],bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
     ('operator', 'payout_create_job_from(text,text,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
@@ -86,6 +87,7 @@ INSERT INTO may VALUES
     ('admin', 'payout_stop_workers()'),
     ('admin', 'payout_grant(regrole,text)'),
     ('admin', 'payout_revoke(regrole)');
+SELECT isnt_empty('SELECT FROM in_views', 'some views call functions');
 SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_reader'')',
     'SELECT routine FROM may WHERE level = ''reader''', 'a reader may call these');
 SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_operator'')',
@@ -228,6 +230,31 @@ SELECT results_eq(
 SELECT isnt_empty('SELECT FROM app.secret', 'the superuser''s query has deleted nothing');
 SELECT is(payout_balance('paid by query'), 1000000::bigint, 'but may read everything');
 SELECT is(payout_balance('mallory'), 0::bigint, 'the operator''s may not');
+
+CREATE ROLE payoutq_test_gone;
+SELECT payout_grant('payoutq_test_gone', 'operator');
+SET ROLE payoutq_test_gone;
+SELECT payout_create_job_from('q7', 'SELECT ''u'' AS user_id, 1 AS amount') AS q7 \gset
+RESET ROLE;
+SELECT payout_revoke('payoutq_test_gone');
+DROP ROLE payoutq_test_gone;
+CALL payout_process();
+SELECT is((SELECT status || ' ' || error_code FROM payoutq.job WHERE id = :q7), 'failed 42704', 'nor is a query run for a role that is gone');
+
+-- what a query sets, in the session of whoever calls payout_process(), ends with it
+CREATE FUNCTION app.set(text, text) RETURNS bigint LANGUAGE sql AS $$ SELECT 1 + 0 * length(set_config($1, $2, false)) $$;
+SET ROLE payoutq_test_operator;
+SELECT payout_create_job_from('q8', $$SELECT 'u8' AS user_id, app.set('search_path', 'evil') * app.set('synchronous_commit', 'off')
+                                      * app.set('payoutq.batch_size', '7') * app.set('session_replication_role', 'origin') AS amount$$) AS q8,
+       payout_create_job_from('q9', $$SELECT 'u9' || i AS user_id, app.set('search_path', 'evil') * app.set('synchronous_commit', 'off')
+                                      * app.set('payoutq.batch_size', '7') * app.set('lock_timeout', '1ms') AS amount
+                                        FROM generate_series(1, 3) i$$) AS q9 \gset
+RESET ROLE;
+CALL payout_process();
+SELECT is(concat_ws(' ', current_setting('search_path'), current_setting('synchronous_commit'), current_setting('payoutq.batch_size'),
+                    current_setting('lock_timeout')), '"$user", public on 500 0', 'a query leaves no setting behind');
+SELECT is((SELECT status FROM payout_job_status(:q9)), 'completed', 'and is paid');
+SELECT is((SELECT error_code FROM payoutq.job WHERE id = :q8), '42501', 'unless it sets what its creator may not');
 
 -- ---------------------------------------------------------------------------
 -- Operators and functions of the same names, found first

@@ -3,8 +3,8 @@
 
 DO $$
 BEGIN
-    LOOP  -- a worker may be about to start
-        PERFORM payout_stop_workers(), pg_stat_clear_snapshot();
+    LOOP  -- a worker may be about to start, or to end
+        PERFORM set_config('client_min_messages', 'error', true), payout_stop_workers(), pg_stat_clear_snapshot();
         EXIT WHEN NOT EXISTS (SELECT FROM payout_workers);
     END LOOP;
 END $$;
