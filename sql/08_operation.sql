@@ -2,7 +2,7 @@
 
 CREATE FUNCTION payoutq.start_worker() RETURNS void
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_start_worker_sql';
-CREATE FUNCTION payoutq.stop_workers() RETURNS void
+CREATE FUNCTION payoutq.stop_workers() RETURNS integer
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_stop_workers_sql';
 
 CREATE FUNCTION @extschema@.payout_start_worker() RETURNS void
@@ -14,8 +14,11 @@ COMMENT ON FUNCTION @extschema@.payout_start_worker() IS
 
 CREATE FUNCTION @extschema@.payout_stop_workers() RETURNS integer
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT payoutq.stop_workers();
-    SELECT count(pg_terminate_backend(w.pid))::integer FROM payoutq.workers() w WHERE w.pid IS NOT NULL;
+    -- Those without shared memory are only seen in pg_stat_activity.
+    SELECT payoutq.stop_workers() + count(pg_terminate_backend(a.pid))::integer
+      FROM pg_stat_activity a
+     WHERE a.backend_type = 'payoutq worker' AND a.datname = current_database()
+       AND a.application_name = 'payoutq worker (unsupervised)';
 $$;
 COMMENT ON FUNCTION @extschema@.payout_stop_workers() IS
 'ends the workers of this database, after the batch each of them is at is rolled back or committed, until payout_start_worker() or a restart of the server; returns how many';

@@ -19,14 +19,13 @@
 typedef struct AmountsDue
 {
 	const BatchEntries *entries;
-	bool	   *credited;
 	int			next;
 } AmountsDue;
 
 static AmountsDue *amounts_due = NULL;
 
-static void credit_own(const Claim *claim, const BatchEntries *entries);
-static void keep_uncredited(const AmountsDue *state, Datum *users, Datum *amounts);
+static int	credit_own(const Claim *claim, const BatchEntries *entries);
+static void credit_or_open(const Claim *claim, const BatchEntries *entries);
 static void change_user(const char *account, const char *currency, int64 amount);
 static void change_system(const char *account, const char *currency, int64 amount);
 static int64 latest_system_balance(const char *account, const char *currency);
@@ -42,7 +41,7 @@ PG_FUNCTION_INFO_V1(payoutq_amount_due);
  * no account (then nothing may be kept of what was done), and which.
  */
 int
-payoutq_credit_entries(const Claim *claim, int32 **missing)
+payoutq_credit_entries(const Claim *claim, bool one_pass, int32 **missing)
 {
 	Binding		binding;
 	BatchEntries entries;
@@ -51,8 +50,12 @@ payoutq_credit_entries(const Claim *claim, int32 **missing)
 	if (payoutq_find_binding(claim->currency, &binding))
 		return payoutq_credit_bound(&binding, claim, &entries, missing);
 
-	credit_own(claim, &entries);
-	return 0;
+	if (one_pass)
+	{
+		credit_or_open(claim, &entries);
+		return 0;
+	}
+	return credit_own(claim, &entries);
 }
 
 /* The entries of the claimed range, as arrays in order of user_id. */
@@ -91,10 +94,13 @@ payoutq_read_entries(const Claim *claim, BatchEntries *entries)
  * The accounts are found by one scan of their index with all user ids, in its
  * order, which is that of the entries; payoutq.amount_due() goes along with it,
  * as a merge join would.  That is a quarter faster than joining the entries in
- * SQL, and leaves no choice of plan.  Accounts that were not there are made by
- * a second statement; what it finds made meanwhile, it credits.
+ * SQL, and leaves no choice of plan.
+ *
+ * Where some accounts are not there yet, another statement has to make them,
+ * and all is done again by that one: two passes would lock accounts in another
+ * order than those of other workers.
  */
-static void
+static int
 credit_own(const Claim *claim, const BatchEntries *entries)
 {
 	static EngineStatement credit = {
@@ -102,19 +108,10 @@ credit_own(const Claim *claim, const BatchEntries *entries)
 		" WHERE user_id = ANY ($1) AND currency = $2",
 		2, {TEXTARRAYOID, TEXTOID}
 	};
-	static EngineStatement open = {
-		"INSERT INTO payoutq.account AS a"
-		" SELECT e.user_id, $3, e.amount FROM unnest($1, $2) AS e (user_id, amount)"
-		" ON CONFLICT (user_id, currency) DO UPDATE SET balance = a.balance + excluded.balance",
-		3, {TEXTARRAYOID, INT8ARRAYOID, TEXTOID}
-	};
 	AmountsDue	state = {.entries = entries};
-	Datum		values[3];
+	Datum		values[] = {entries->users, CStringGetTextDatum(claim->currency)};
 	uint64		credited;
 
-	state.credited = palloc0(entries->count * sizeof(bool));
-	values[0] = entries->users;
-	values[1] = CStringGetTextDatum(claim->currency);
 	amounts_due = &state;
 	PG_TRY();
 	{
@@ -126,35 +123,30 @@ credit_own(const Claim *claim, const BatchEntries *entries)
 	}
 	PG_END_TRY();
 
-	if (credited < entries->count)
-	{
-		keep_uncredited(&state, &values[0], &values[1]);
-		values[2] = CStringGetTextDatum(claim->currency);
-		credited += payoutq_execute(&open, values, NULL, SPI_OK_INSERT);
-	}
-	if (credited != entries->count)
-		elog(ERROR, "credited " UINT64_FORMAT " of %d entries of batch %d of job " INT64_FORMAT,
-			 credited, entries->count, claim->batch_no, claim->job_id);
+	if (credited == entries->count)
+		return 0;
+	if (credited > 0)
+		return CREDIT_AGAIN;
+	credit_or_open(claim, entries);
+	return 0;
 }
 
 static void
-keep_uncredited(const AmountsDue *state, Datum *users, Datum *amounts)
+credit_or_open(const Claim *claim, const BatchEntries *entries)
 {
-	const BatchEntries *entries = state->entries;
-	Datum	   *user = palloc(entries->count * sizeof(Datum));
-	Datum	   *amount = palloc(entries->count * sizeof(Datum));
-	int			count = 0;
+	static EngineStatement open = {
+		"INSERT INTO payoutq.account AS a"
+		" SELECT e.user_id, $3, e.amount FROM unnest($1, $2) AS e (user_id, amount)"
+		" ON CONFLICT (user_id, currency) DO UPDATE SET balance = a.balance + excluded.balance",
+		3, {TEXTARRAYOID, INT8ARRAYOID, TEXTOID}
+	};
+	Datum		values[] = {entries->users, entries->amounts,
+	CStringGetTextDatum(claim->currency)};
+	uint64		credited = payoutq_execute(&open, values, NULL, SPI_OK_INSERT);
 
-	for (int i = 0; i < entries->count; i++)
-	{
-		if (state->credited[i])
-			continue;
-		user[count] = entries->user[i];
-		amount[count++] = entries->amount[i];
-	}
-	*users = PointerGetDatum(construct_array(user, count, TEXTOID, -1, false, TYPALIGN_INT));
-	*amounts = PointerGetDatum(construct_array(amount, count, INT8OID, sizeof(int64),
-											   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	if (credited != entries->count)
+		elog(ERROR, "credited " UINT64_FORMAT " of %d entries of batch %d of job " INT64_FORMAT,
+			 credited, entries->count, claim->batch_no, claim->job_id);
 }
 
 /*
@@ -182,7 +174,6 @@ payoutq_amount_due(PG_FUNCTION_ARGS)
 		if (payoutq_compare_users(VARDATA_ANY(user), VARSIZE_ANY_EXHDR(user),
 								  VARDATA_ANY(candidate), VARSIZE_ANY_EXHDR(candidate)) != 0)
 			continue;
-		amounts_due->credited[i] = true;
 		amounts_due->next = i + 1;
 		PG_RETURN_INT64(DatumGetInt64(entries->amount[i]));
 	}

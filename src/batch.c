@@ -37,6 +37,8 @@ static Claim counted;
 
 static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
+static int	try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing,
+							 ErrorData **error);
 static void complete_batch(const Claim *claim);
 static void count_progress(const Claim *claim, int completed, int failed,
 						   int64 paid);
@@ -80,6 +82,16 @@ entries_of(const Claim *claim)
 static int
 try_to_pay(const Claim *claim, int32 **missing, ErrorData **error)
 {
+	int			count = try_in_savepoint(claim, false, missing, error);
+
+	if (count == CREDIT_AGAIN && *error == NULL)
+		count = try_in_savepoint(claim, true, missing, error);
+	return count;
+}
+
+static int
+try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData **error)
+{
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
 	volatile int count = 0;
@@ -88,7 +100,7 @@ try_to_pay(const Claim *claim, int32 **missing, ErrorData **error)
 	MemoryContextSwitchTo(context);
 	PG_TRY();
 	{
-		count = payoutq_credit_entries(claim, missing);
+		count = payoutq_credit_entries(claim, one_pass, missing);
 		if (count == 0)
 		{
 			complete_batch(claim);
@@ -242,11 +254,6 @@ static BatchOutcome
 record_failure(const Claim *claim, ErrorData *error)
 {
 	FailureClass class = payoutq_classify(error->sqlerrcode);
-
-	/* Somebody else made the account that we were about to make. */
-	if (error->sqlerrcode == ERRCODE_UNIQUE_VIOLATION && error->schema_name &&
-		strcmp(error->schema_name, "payoutq") == 0)
-		class = FAILURE_TRANSIENT;
 
 	switch (class)
 	{

@@ -36,6 +36,7 @@ typedef struct BoundPlan
 	NameData	balance_column;
 	SPIPlanPtr	plan;
 	int			uses;
+	bool		running;		/* a trigger may come here again */
 } BoundPlan;
 
 PG_FUNCTION_INFO_V1(payout_bind_accounts);
@@ -43,8 +44,13 @@ PG_FUNCTION_INFO_V1(payout_bind_accounts);
 static void become_owner(const Binding *binding, EngineState *state);
 static void check_superuser_table(Relation relation);
 static void make_constraints_immediate(void);
-static SPIPlanPtr bound_plan(BoundPlan *cache, const Binding *binding,
-							 const char *format, int nargs, Oid *argtypes);
+static void execute_bound(BoundPlan *cache, const Binding *binding, int expected,
+						  const char *format, int nargs, Oid *argtypes,
+						  Datum *values);
+static SPIPlanPtr prepare_bound(const Binding *binding, const char *format,
+								int nargs, Oid *argtypes);
+static void refresh_plan(BoundPlan *cache, const Binding *binding,
+						 const char *format, int nargs, Oid *argtypes);
 static char *bound_sql(const Binding *binding, const char *format);
 static int	find_missing(const Claim *claim, int32 **missing);
 
@@ -133,21 +139,15 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim,
 	Oid			argtypes[] = {TEXTARRAYOID, INT8ARRAYOID};
 	Datum		values[] = {entries->users, entries->amounts};
 	EngineState state;
-	SPIPlanPtr	plan;
-	int			rc;
 
 	become_owner(binding, &state);
 	make_constraints_immediate();
-	plan = bound_plan(&cache, binding,
-					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
-					  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
-					  " WHERE a.%2$s = e.user_id::%4$s"
-					  " RETURNING e.n", 2, argtypes);
-	rc = SPI_execute_plan(plan, values, NULL, false, 0);
+	execute_bound(&cache, binding, SPI_OK_UPDATE_RETURNING,
+				  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
+				  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
+				  " WHERE a.%2$s = e.user_id::%4$s"
+				  " RETURNING e.n", 2, argtypes, values);
 	payoutq_foreign_leave(&state);
-
-	if (rc != SPI_OK_UPDATE_RETURNING)
-		elog(ERROR, "unexpected result of a credit: %s", SPI_result_code_string(rc));
 	return find_missing(claim, missing);
 }
 
@@ -181,15 +181,12 @@ payoutq_change_bound(const Binding *binding, const char *key, int64 amount)
 	Oid			argtypes[] = {TEXTOID, INT8OID};
 	Datum		values[] = {CStringGetTextDatum(key), Int64GetDatum(amount)};
 	EngineState state;
-	SPIPlanPtr	plan;
 
 	become_owner(binding, &state);
-	plan = bound_plan(&cache, binding,
-					  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + $2"
-					  " WHERE a.%2$s = $1::%4$s AND coalesce(a.%3$s, 0) + $2 >= 0",
-					  2, argtypes);
-	if (SPI_execute_plan(plan, values, NULL, false, 0) != SPI_OK_UPDATE)
-		elog(ERROR, "unexpected result of a change of balance");
+	execute_bound(&cache, binding, SPI_OK_UPDATE,
+				  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + $2"
+				  " WHERE a.%2$s = $1::%4$s AND coalesce(a.%3$s, 0) + $2 >= 0",
+				  2, argtypes, values);
 	payoutq_foreign_leave(&state);
 
 	return SPI_processed == 1;
@@ -202,14 +199,11 @@ payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
 	Oid			argtypes[] = {TEXTOID};
 	Datum		values[] = {CStringGetTextDatum(key)};
 	EngineState state;
-	SPIPlanPtr	plan;
 
 	become_owner(binding, &state);
-	plan = bound_plan(&cache, binding,
-					  "SELECT coalesce(a.%3$s, 0)::bigint FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
-					  1, argtypes);
-	if (SPI_execute_plan(plan, values, NULL, true, 0) != SPI_OK_SELECT)
-		elog(ERROR, "unexpected result of a reading of a balance");
+	execute_bound(&cache, binding, SPI_OK_SELECT,
+				  "SELECT coalesce(a.%3$s, 0)::bigint FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
+				  1, argtypes, values);
 	payoutq_foreign_leave(&state);
 
 	if (SPI_processed == 0)
@@ -279,36 +273,72 @@ make_constraints_immediate(void)
 		elog(ERROR, "could not make constraints immediate");
 }
 
-static SPIPlanPtr
-bound_plan(BoundPlan *cache, const Binding *binding, const char *format,
-		   int nargs, Oid *argtypes)
+static void
+execute_bound(BoundPlan *cache, const Binding *binding, int expected,
+			  const char *format, int nargs, Oid *argtypes, Datum *values)
 {
-	bool		same = cache->plan != NULL && cache->table == binding->table &&
+	SPIPlanPtr volatile plan;
+	volatile int rc = 0;
+
+	/* Called by a trigger of such a statement: the plan in the cache runs. */
+	if (cache->running)
+		plan = prepare_bound(binding, format, nargs, argtypes);
+	else
+	{
+		refresh_plan(cache, binding, format, nargs, argtypes);
+		plan = cache->plan;
+	}
+
+	cache->running = true;
+	PG_TRY();
+	{
+		rc = SPI_execute_plan(plan, values, NULL, false, 0);
+	}
+	PG_FINALLY();
+	{
+		cache->running = plan != cache->plan;
+	}
+	PG_END_TRY();
+	if (rc != expected)
+		elog(ERROR, "unexpected result of a statement on a bound table: %s",
+			 SPI_result_code_string(rc));
+}
+
+static SPIPlanPtr
+prepare_bound(const Binding *binding, const char *format, int nargs, Oid *argtypes)
+{
+	SPIPlanPtr	plan = SPI_prepare_cursor(bound_sql(binding, format), nargs, argtypes,
+										  CURSOR_OPT_GENERIC_PLAN);
+
+	if (plan == NULL)
+		elog(ERROR, "could not prepare a statement on a bound table: %s",
+			 SPI_result_code_string(SPI_result));
+	return plan;
+}
+
+static pg_noinline void
+refresh_plan(BoundPlan *cache, const Binding *binding, const char *format,
+			 int nargs, Oid *argtypes)
+{
+	SPIPlanPtr	old = cache->plan;
+	bool		same = old != NULL && cache->table == binding->table &&
 		strcmp(NameStr(cache->key_column), binding->key_column) == 0 &&
 		strcmp(NameStr(cache->balance_column), binding->balance_column) == 0;
 
 	if (same && cache->uses++ < PLAN_LIFETIME)
-		return cache->plan;
+		return;
 
-	if (cache->plan)
-	{
-		SPIPlanPtr	old = cache->plan;
-
-		cache->plan = NULL;
+	cache->plan = NULL;
+	if (old)
 		SPI_freeplan(old);
-	}
 
-	cache->plan = SPI_prepare_cursor(bound_sql(binding, format), nargs, argtypes,
-									 CURSOR_OPT_GENERIC_PLAN);
-	if (cache->plan == NULL)
-		elog(ERROR, "could not prepare a statement on the bound table: %s",
-			 SPI_result_code_string(SPI_result));
-	SPI_keepplan(cache->plan);
+	old = prepare_bound(binding, format, nargs, argtypes);
+	SPI_keepplan(old);
+	cache->plan = old;
 	cache->table = binding->table;
 	namestrcpy(&cache->key_column, binding->key_column);
 	namestrcpy(&cache->balance_column, binding->balance_column);
 	cache->uses = 0;
-	return cache->plan;
 }
 
 /* %1$s table, %2$s key column, %3$s balance column, %4$s type of the key */

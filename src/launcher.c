@@ -40,18 +40,18 @@
 
 /* When the server has no room for another worker. */
 #define NO_ROOM_WAIT_MS		1000
+#define TRIES_WITHOUT_ROOM	3
 
 /* A worker that was forked must have attached to its slot by then. */
 #define START_TIMEOUT_MS	30000
-
-static bool out_of_processes = false;
 
 static void detach_launcher(int code, Datum arg);
 static void scan_databases(void);
 static bool is_chosen(const char *name);
 static void drop_vanished(List *existing);
 static long keep_workers(void);
-static bool keep_resident(DatabaseSlot *database, TimestampTz now, long *nap);
+static bool keep_resident(DatabaseSlot *database, bool parked, TimestampTz now,
+						  long *nap);
 static bool keep_helpers(DatabaseSlot *database, TimestampTz now);
 static void ask_for_room(void);
 static void look_after_parked(void);
@@ -219,29 +219,40 @@ drop_vanished(List *existing)
 }
 
 /*
- * Start what is missing, a resident in each database before any helper.
- * Returns how long nothing is to do, in milliseconds.
+ * Start what is missing: a resident in each database before any helper, and
+ * those that once made room last.  Returns how long nothing is to do, in
+ * milliseconds.
  */
 static long
 keep_workers(void)
 {
+	static int	without_room = 0;
 	TimestampTz now = GetCurrentTimestamp();
 	long		nap = payoutq_interval * 1000L;
 	bool		room = true;
 
 	forget_stillborn(now);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
-		room = keep_resident(&payoutq_shared->databases[i], now, &nap);
+		room = keep_resident(&payoutq_shared->databases[i], false, now, &nap);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
 		room = keep_helpers(&payoutq_shared->databases[i], now);
+	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
+		room = keep_resident(&payoutq_shared->databases[i], true, now, &nap);
 
-	/* Out of worker processes: later. */
+	without_room = room ? 0 : without_room + 1;
+	if (without_room == TRIES_WITHOUT_ROOM)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("out of background worker processes for payoutq"),
+				 errhint("You might need to increase max_worker_processes.")));
+	if (without_room >= TRIES_WITHOUT_ROOM)
+		ask_for_room();
 	return room ? nap : Min(nap, NO_ROOM_WAIT_MS);
 }
 
 /* Returns false when the server has no room for another worker. */
 static bool
-keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
+keep_resident(DatabaseSlot *database, bool parked, TimestampTz now, long *nap)
 {
 	DatabaseSlot copy;
 	int			residents;
@@ -250,6 +261,7 @@ keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
 	look_at(database, &copy, &residents, &helpers);
 	if (residents > 0 || copy.held > 0 || payoutq_workers == 0 ||
 		!(copy.state == DATABASE_UNKNOWN || copy.state == DATABASE_ACTIVE ||
+		  (copy.state == DATABASE_PARKED && parked) ||
 		  ((copy.state == DATABASE_WITHOUT || copy.state == DATABASE_PARKED) && copy.wanted)))
 		return true;
 	if (copy.start_after > now)
@@ -265,22 +277,21 @@ keep_resident(DatabaseSlot *database, TimestampTz now, long *nap)
 		return true;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	database->wanted = true;
-	ask_for_room();
+	database->wanted = copy.wanted;
 	LWLockRelease(payoutq_shared->lock);
 	return false;
 }
 
 /*
- * With the lock held: let the worker leave that is idle for longest.  Its
- * database is looked after again when something is committed there, and at
- * each interval.
+ * Let the worker leave that is idle for longest.  Its database gets another
+ * when something is committed there, when there is room, and at each interval.
  */
 static void
 ask_for_room(void)
 {
 	WorkerSlot *oldest = NULL;
 
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
 	{
 		WorkerSlot *worker = &payoutq_shared->workers[i];
@@ -289,10 +300,12 @@ ask_for_room(void)
 			(oldest == NULL || worker->since < oldest->since))
 			oldest = worker;
 	}
-	if (oldest == NULL)
-		return;
-	oldest->yield = true;
-	payoutq_set_latches(oldest->database);
+	if (oldest)
+	{
+		oldest->yield = true;
+		payoutq_set_latches(oldest->database);
+	}
+	LWLockRelease(payoutq_shared->lock);
 }
 
 static void
@@ -360,20 +373,11 @@ start_worker(Oid database, bool resident, TimestampTz now)
 
 	init_worker(&worker, database, slot - payoutq_shared->workers, now);
 	if (RegisterDynamicBackgroundWorker(&worker, NULL))
-	{
-		out_of_processes = false;
 		return true;
-	}
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	memset(slot, 0, sizeof(WorkerSlot));
 	LWLockRelease(payoutq_shared->lock);
-	if (!out_of_processes)
-		ereport(WARNING,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("out of background worker processes for payoutq"),
-				 errhint("You might need to increase max_worker_processes.")));
-	out_of_processes = true;
 	return false;
 }
 
@@ -436,6 +440,7 @@ payoutq_start_worker_sql(PG_FUNCTION_ARGS)
 			slot->state = DATABASE_ACTIVE;
 			slot->failures = 0;
 			slot->start_after = 0;
+			memset(slot->avoided, 0, sizeof(slot->avoided));
 		}
 		LWLockRelease(payoutq_shared->lock);
 		payoutq_wake_launcher();
@@ -451,19 +456,19 @@ payoutq_start_worker_sql(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-/* Do not start workers in this database; the SQL function ends those there are. */
+/* payoutq.stop_workers(): end those of this database, and start no others. */
 Datum
 payoutq_stop_workers_sql(PG_FUNCTION_ARGS)
 {
-	if (payoutq_shared)
-	{
-		DatabaseSlot *slot;
+	DatabaseSlot *slot;
 
-		LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-		slot = payoutq_database_slot(MyDatabaseId, true);
-		if (slot)
-			slot->state = DATABASE_STOPPED;
-		LWLockRelease(payoutq_shared->lock);
-	}
-	PG_RETURN_VOID();
+	if (payoutq_shared == NULL)
+		PG_RETURN_INT32(0);
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(MyDatabaseId, true);
+	if (slot)
+		slot->state = DATABASE_STOPPED;
+	LWLockRelease(payoutq_shared->lock);
+	PG_RETURN_INT32(payoutq_signal_workers(MyDatabaseId));
 }

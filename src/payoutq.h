@@ -152,6 +152,7 @@ extern void payoutq_wake_workers(Oid database);
 extern void payoutq_wake_launcher(void);
 extern DatabaseSlot *payoutq_database_slot(Oid database, bool create);
 extern bool payoutq_set_latches(Oid database);
+extern int	payoutq_signal_workers(Oid database);
 extern void payoutq_count_workers(Oid database, int *residents, int *helpers);
 extern uint64 payoutq_wake_generation(Oid database);
 extern bool payoutq_call_for_help(Oid database);
@@ -269,7 +270,10 @@ typedef struct BatchEntries
 } BatchEntries;
 
 extern void payoutq_read_entries(const Claim *claim, BatchEntries *entries);
-extern int	payoutq_credit_entries(const Claim *claim, int32 **missing);
+#define CREDIT_AGAIN	(-1)	/* roll back, and credit in one pass */
+
+extern int	payoutq_credit_entries(const Claim *claim, bool one_pass,
+								   int32 **missing);
 extern void payoutq_change_balance(const char *account, const char *currency,
 								   int64 amount);
 

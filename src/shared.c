@@ -13,6 +13,8 @@
  */
 #include "postgres.h"
 
+#include <signal.h>
+
 #include "access/xact.h"
 #include "commands/dbcommands.h"
 #include "funcapi.h"
@@ -291,6 +293,27 @@ payoutq_database_slot(Oid database, bool create)
 	free_slot->database = database;
 	free_slot->state = DATABASE_UNKNOWN;
 	return free_slot;
+}
+
+/* Ask the workers of the database to end.  Returns how many there still are. */
+int
+payoutq_signal_workers(Oid database)
+{
+	int			count = 0;
+
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state == WORKER_FREE || worker->database != database)
+			continue;
+		count++;
+		if (worker->pid != 0)
+			kill(worker->pid, SIGTERM);
+	}
+	LWLockRelease(payoutq_shared->lock);
+	return count;
 }
 
 uint64

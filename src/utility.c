@@ -9,8 +9,6 @@
  */
 #include "postgres.h"
 
-#include <signal.h>
-
 #include "catalog/pg_database.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
@@ -38,7 +36,6 @@ static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool drops_extension(Node *statement);
 static void hold_off_workers(Oid database);
-static bool signal_workers(Oid database);
 
 void
 payoutq_install_utility_hook(void)
@@ -135,7 +132,7 @@ static void
 hold_off_workers(Oid database)
 {
 	payoutq_hold_database(database);
-	for (int waited = 0; signal_workers(database) && waited < STOP_TIMEOUT_MS; waited += STOP_POLL_MS)
+	for (int waited = 0; payoutq_signal_workers(database) > 0 && waited < STOP_TIMEOUT_MS; waited += STOP_POLL_MS)
 	{
 		static uint32 event = 0;
 
@@ -144,25 +141,4 @@ hold_off_workers(Oid database)
 						 STOP_POLL_MS, payoutq_wait_event(&event, "PayoutqStopWorkers"));
 		ResetLatch(MyLatch);
 	}
-}
-
-/* Ask the workers of the database to end.  Returns false when none is left. */
-static bool
-signal_workers(Oid database)
-{
-	bool		found = false;
-
-	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
-	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
-	{
-		WorkerSlot *worker = &payoutq_shared->workers[i];
-
-		if (worker->state == WORKER_FREE || worker->database != database)
-			continue;
-		found = true;
-		if (worker->pid != 0)
-			kill(worker->pid, SIGTERM);
-	}
-	LWLockRelease(payoutq_shared->lock);
-	return found;
 }

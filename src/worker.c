@@ -34,7 +34,6 @@
 
 /* After a failure, from a second up to a minute until the next start. */
 #define MAX_BACKOFF_S		60
-#define AVOID_S				30
 
 /* A helper leaves after so long without work. */
 #define HELPER_PATIENCE_MS	5000
@@ -45,7 +44,9 @@
 bool		payoutq_is_worker = false;
 
 static bool unsupervised = false;
+static volatile sig_atomic_t told_to_end = false;
 
+static void end_when_told(SIGNAL_ARGS);
 static void attach(int slot, TimestampTz started);
 static void detach(int code, Datum arg);
 static void report_database(DatabaseState state, bool worked);
@@ -63,7 +64,7 @@ payoutq_worker_main(Datum arg)
 	TimestampTz worked_at;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, die);
+	pqsignal(SIGTERM, end_when_told);
 	payoutq_is_worker = true;
 	unsupervised = slot < 0;
 	memcpy(&extra, MyBgworkerEntry->bgw_extra, sizeof(extra));
@@ -100,6 +101,14 @@ payoutq_worker_main(Datum arg)
 		if (!busy)
 			wait_for_work(nap);
 	}
+}
+
+/* That is no failure, neither of the worker nor of the job it is at. */
+static void
+end_when_told(SIGNAL_ARGS)
+{
+	told_to_end = true;
+	die(postgres_signal_arg);
 }
 
 /* The launcher has filled the slot; make it ours, and free it at exit. */
@@ -142,7 +151,7 @@ detach(int code, Datum arg)
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database = payoutq_database_slot(payoutq_my_slot->database, false);
-	if (code != 0 && database)
+	if (code != 0 && database && !told_to_end)
 	{
 		int			seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
 		AvoidedJob *avoided = &database->avoided[database->failures % PAYOUTQ_AVOIDED];
@@ -153,7 +162,8 @@ detach(int code, Datum arg)
 
 		/* Should it be the job's fault, the next worker begins with others. */
 		avoided->job_id = payoutq_my_slot->job_id;
-		avoided->until = TimestampTzPlusMilliseconds(database->start_after, AVOID_S * INT64CONST(1000));
+		avoided->until = TimestampTzPlusMilliseconds(database->start_after,
+													 2 * seconds * INT64CONST(1000));
 	}
 	memset(payoutq_my_slot, 0, sizeof(WorkerSlot));
 	payoutq_my_slot = NULL;

@@ -12,7 +12,7 @@ GRANT USAGE ON SCHEMA app TO payoutq_test_operator, payoutq_test_nobody;
 SELECT payout_create_job('paid', ARRAY['a'], ARRAY[10]) AS paid \gset
 CALL payout_process();
 SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[10, 20], run_at => '2100-01-01') AS later \gset
-SELECT plan(127);
+SELECT plan(133);
 
 CREATE TEMP TABLE routines AS
 SELECT p.oid::regprocedure::text AS routine, p.* FROM pg_depend d JOIN pg_proc p ON p.oid = d.objid
@@ -358,8 +358,31 @@ SELECT is_empty('SELECT * FROM trapped.payout_verify() WHERE NOT ok', 'and its b
 SELECT lives_ok('SELECT trapped.payout_grant(''payoutq_test_reader'', ''reader'')', 'and can be granted');
 SELECT lives_ok('SELECT count(*) FROM trapped.payout_ledger, trapped.payout_jobs, trapped.payout_health', 'and its views can be read');
 
-SELECT finish();
+-- ---------------------------------------------------------------------------
+-- CREATE EXTENSION where new objects are given to everybody
+-- ---------------------------------------------------------------------------
+
 DROP EXTENSION payoutq;
+BEGIN;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO PUBLIC, payoutq_test_nobody;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO PUBLIC, payoutq_test_nobody;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO payoutq_test_nobody;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO PUBLIC, payoutq_test_nobody;
+CREATE TABLE app.given ();
+SELECT ok(has_table_privilege('payoutq_test_nobody', 'app.given', 'DELETE'), 'a new table is everybody''s');
+CREATE EXTENSION payoutq;
+SELECT is_empty($$SELECT p.oid::regprocedure FROM pg_proc p JOIN pg_depend d ON d.objid = p.oid AND d.classid = 'pg_proc'::regclass AND d.deptype = 'e'
+                   WHERE d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'payoutq') AND has_function_privilege('payoutq_test_nobody', p.oid, 'EXECUTE')$$,
+    'but no function of the extension is');
+TRUNCATE relations;
+INSERT INTO relations SELECT c.oid::regclass::text, c.* FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d.classid = 'pg_class'::regclass AND d.deptype = 'e'
+ WHERE d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'payoutq');
+SELECT isnt_empty('SELECT FROM relations', '(it has tables)');
+SELECT is_empty('SELECT * FROM pg_temp.rights(''payoutq_test_nobody'')', 'nor any of its tables, views and sequences');
+SELECT ok(NOT has_schema_privilege('payoutq_test_nobody', 'payoutq', 'USAGE, CREATE'), 'nor its schema');
+ROLLBACK;
+SELECT lives_ok('CREATE EXTENSION payoutq', 'all of that rolled back, it can be created again');
+
+SELECT finish();
 DROP SCHEMA app, evil, trapped CASCADE;
 DROP ROLE payoutq_test_nobody, payoutq_test_reader, payoutq_test_operator, payoutq_test_admin;
-CREATE EXTENSION payoutq;

@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(54);
+SELECT plan(50);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -12,25 +12,10 @@ $$;
 -- What it refuses
 -- ---------------------------------------------------------------------------
 
-SELECT throws_ok('CALL payout_process()', '25001', NULL, 'it cannot run inside a function or a transaction');
--- the others are seen by psql only
-\set ON_ERROR_STOP off
-\set VERBOSITY sqlstate
-CALL payout_process(0);
-SELECT is(:'LAST_ERROR_SQLSTATE'::text, '22023', 'max_batches 0');
-CALL payout_process(-1);
-SELECT is(:'LAST_ERROR_SQLSTATE'::text, '22023', 'max_batches -1');
-CALL payout_process(NULL, 999999);
-SELECT is(:'LAST_ERROR_SQLSTATE'::text, '42704', 'no such job');
-BEGIN;
+-- test/sql/walkthrough.sql has more: only psql can see errors of a CALL outside of a transaction
+SELECT throws_ok('CALL payout_process()', '25001', NULL, 'it cannot run inside a function');
 CALL payout_process();
-\set code :LAST_ERROR_SQLSTATE
-ROLLBACK;
-SELECT is(:'code'::text, '25001', 'in a transaction block');
-\set ON_ERROR_STOP on
-\set VERBOSITY default
-CALL payout_process();
-SELECT pass('without any job it does nothing');
+SELECT is_empty('SELECT FROM payout_jobs', 'without any job it does nothing');
 
 -- ---------------------------------------------------------------------------
 -- How many batches, of which job

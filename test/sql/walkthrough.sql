@@ -35,6 +35,11 @@ SELECT payout_create_job('contest:8', ARRAY['alice', 'bob'], ARRAY[100, 0]);
 SELECT payout_create_job('contest:8', ARRAY['alice', 'bob'], ARRAY[100, 200], total_pool => 250);
 SELECT user_id, amount, balance_before, balance_after, outcome
   FROM payout_preview_job('contest:8', ARRAY['alice', 'dave'], ARRAY[100, 200]);
+CALL payout_process(0);
+CALL payout_process(job_id => 999);
+BEGIN;
+CALL payout_process();
+ROLLBACK;
 
 -- 4. A thousand winners share a pool in proportion to their stakes, and are
 -- paid in two batches of 500.

@@ -11,7 +11,10 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 # Nothing here happens because time passes.
-my $node = start_node('main', conf => q(payoutq.interval = '1d'));
+my $node = start_node('main', conf => q(
+payoutq.interval = '1d'
+max_worker_processes = 20
+));
 my $workers_in = q{
 	SELECT coalesce(string_agg(DISTINCT datname, ' ' ORDER BY datname), '')
 	FROM pg_stat_activity WHERE backend_type = 'payoutq worker'};

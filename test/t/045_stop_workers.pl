@@ -24,6 +24,8 @@ my $pid = worker_pid($node, 'app');
 $node->safe_psql('app', "SELECT pg_terminate_backend($pid)");
 ok(wait_for($node, 'app', "SELECT count(*) = 2 AND bool_and(pid <> $pid) FROM payout_workers"),
 	'one that was terminated is replaced');
+my $before = $node->safe_psql('app', $paid);
+ok(wait_for($node, 'app', "SELECT ($paid) > $before", 't', 10), 'the job goes on');
 
 # A batch that is cancelled is tried again.
 $node->safe_psql('app', 'SELECT pg_cancel_backend(pid) FROM payout_workers') foreach (1 .. 5);
@@ -32,7 +34,7 @@ ok(wait_for($node, 'app', $workers, 2), 'there are two after a cancel');
 # Stopped by hand, they stay away, also when there is a new job.
 is($node->safe_psql('app', 'SELECT payout_stop_workers()'), 2, 'two are stopped');
 ok(wait_for($node, 'app', $workers, 0), 'they leave');
-my $before = $node->safe_psql('app', $paid);
+$before = $node->safe_psql('app', $paid);
 cmp_ok($before, '<', $entries, 'in the middle of the job');
 is($node->safe_psql('app', "SELECT ok FROM payout_health WHERE check_name = 'worker_running'"),
 	'f', 'payout_health tells');
@@ -55,8 +57,11 @@ $node->safe_psql('app', q{
 ok(wait_for($node, 'app', $workers, 0, 20), 'start and stop at once leaves none');
 
 $node->safe_psql('app', 'SELECT payout_start_worker()');
-ok(wait_for_job($node, 'app', $next), 'started again, they pay the new job');
-ok(wait_for_job($node, 'app', $job), 'and the old one');
+ok(wait_for_job($node, 'app', $next, 'completed', 10), 'started again, they pay the new job');
+$before = $node->safe_psql('app', $paid);
+ok(wait_for($node, 'app', "SELECT ($paid) > $before OR ($paid) = $entries", 't', 10),
+	'and go on with the old one at once');
+ok(wait_for_job($node, 'app', $job), 'until it is completed');
 paid_once_ok($node, 'app', $entries, 'at the end');
 
 # A restart of the server starts them too.

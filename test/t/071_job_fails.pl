@@ -1,0 +1,99 @@
+# What fails for everybody stops the job instead of being searched for in every
+# batch: a mass failure, and an error of configuration.  Retried after the cause
+# is mended, the job pays everybody.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = start_node('main', conf => q(
+payoutq.retry_base = 1h
+payoutq.retry_cap = 1h
+));
+create_db_with_extension($node, 'app');
+$node->safe_psql('app', q{
+	CREATE ROLE app;
+	GRANT CREATE, USAGE ON SCHEMA public TO app;
+	CREATE TABLE users (user_id text PRIMARY KEY, balance bigint NOT NULL DEFAULT 0);
+	INSERT INTO users SELECT 'u' || i FROM generate_series(1, 2000) i;
+	CREATE TABLE audit (user_id text);
+	ALTER TABLE audit OWNER TO app;
+	CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$
+	BEGIN
+		INSERT INTO public.audit VALUES (NEW.user_id);
+		RETURN NEW;
+	END $$;
+	CREATE TRIGGER audit BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION audit();
+	ALTER FUNCTION audit() OWNER TO app;
+	ALTER TABLE users OWNER TO app;
+	SELECT payout_bind_accounts('users', 'user_id', 'balance')});
+my $n = 0;
+
+# Each entry fails, and the trigger says the same to all.
+fails_and_is_mended('mass failure', 'P0001',
+	q{CREATE OR REPLACE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$
+	  BEGIN RAISE EXCEPTION 'closed today'; END $$},
+	q{CREATE OR REPLACE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$
+	  BEGIN INSERT INTO public.audit VALUES (NEW.user_id); RETURN NEW; END $$});
+my $batches = $node->safe_psql('app', 'SELECT count(*) FROM payout_batches WHERE job_id = 1');
+note("$batches batches");
+cmp_ok($batches, '<', 400, 'it was not halved down to everybody');
+
+# Errors of configuration
+fails_and_is_mended('permission', '42501',
+	'REVOKE INSERT ON audit FROM app', 'GRANT INSERT ON audit TO app');
+fails_and_is_mended('permission on the bound table', '42501',
+	'REVOKE UPDATE ON users FROM app', 'GRANT UPDATE ON users TO app');
+fails_and_is_mended('table of the trigger', '42P01',
+	'ALTER TABLE audit RENAME TO away', 'ALTER TABLE away RENAME TO audit');
+fails_and_is_mended('column', '42703',
+	'ALTER TABLE users RENAME balance TO coins', 'ALTER TABLE users RENAME coins TO balance');
+fails_and_is_mended('bound table', '42P01',
+	q{CREATE TABLE kept AS TABLE users; DROP TABLE users},
+	q{ALTER TABLE kept RENAME TO users; ALTER TABLE users ADD PRIMARY KEY (user_id);
+	  ALTER TABLE users OWNER TO app;
+	  SELECT payout_unbind_accounts(); SELECT payout_bind_accounts('users', 'user_id', 'balance')});
+
+$node->stop;
+done_testing();
+
+# A job that is running when the cause appears, so that a part of it is paid.
+sub fails_and_is_mended
+{
+	my ($what, $code, $break, $mend) = @_;
+	$n++;
+
+	$node->safe_psql('app', 'SELECT payout_stop_workers()');
+	wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
+	my $job = create_job($node, 'app', $what, 2000, args => 'batch_size => 500');
+	$node->safe_psql('app', "CALL payout_process(max_batches => 1, job_id => $job)");
+	my $before = $node->safe_psql('app', 'SELECT sum(balance) FROM users');
+	$node->safe_psql('app', $break);
+	my $table = $node->safe_psql('app', q{
+		SELECT CASE WHEN to_regclass('users') IS NULL THEN 'kept' ELSE 'users' END});
+	my $column = $what eq 'column' ? 'coins' : 'balance';
+	$node->safe_psql('app', 'SELECT payout_start_worker()');
+
+	ok(wait_for_job($node, 'app', $job, 'failed'), "$what: the job fails");
+	is($node->safe_psql('app', qq{
+			SELECT j.error_code, s.error <> '', s.completed_count, s.failed_count, s.progress < 1
+			FROM payout_job_status($job) s, payoutq.job j WHERE j.id = $job}),
+		"$code|t|500|0|t", "$what: it has the error, and what was paid stays paid");
+	is($node->safe_psql('app', "SELECT sum($column) FROM $table"), $before, "$what: nobody else is paid");
+	is($node->safe_psql('app', q{SELECT ok, value FROM payout_health WHERE check_name = 'failed_jobs'}),
+		'f|1', "$what: payout_health tells");
+	books_ok($node, 'app', "$what, failed");
+
+	$node->safe_psql('app', $mend);
+	cmp_ok($node->safe_psql('app', "SELECT payout_retry_job($job)"), '>', 0, "$what: mended and retried");
+	ok(wait_for_job($node, 'app', $job), "$what: the job is completed");
+	is($node->safe_psql('app', "SELECT completed_count, error FROM payout_job_status($job)"),
+		'2000|', "$what: without an error");
+	paid_once_ok($node, 'app', 2000, $what, accounts => 'users', times => $n);
+	return;
+}
