@@ -25,7 +25,7 @@ CREATE TABLE payoutq.job (
     total_winners  integer,             -- number of entries
     batches        integer NOT NULL DEFAULT 0,  -- highest batch_no given out
     query          text,                -- yields the entries, until expanded_at
-    search_path    text,                -- what the query's names were resolved with
+    settings       text[],              -- of whoever gave the query: name, value, ...
     created_by     name NOT NULL,
     priority       integer NOT NULL DEFAULT 0,
     batch_size     integer NOT NULL CHECK (batch_size > 0),
@@ -33,7 +33,7 @@ CREATE TABLE payoutq.job (
     metadata       jsonb,
     origin         text NOT NULL,       -- see payoutq.origin()
     bound          boolean NOT NULL,    -- was the currency, when the job was created?
-    attempts       integer NOT NULL DEFAULT 0,  -- to expand the query
+    attempts       integer NOT NULL DEFAULT 0,  -- at the query, begun with no outcome recorded
     error_code     text,
     error          text,
     created_at     timestamptz NOT NULL DEFAULT now(),

@@ -32,6 +32,12 @@
 #define MISSING_ACCOUNT		ERRCODE_NO_DATA_FOUND
 #define MISSING_MESSAGE		"the account does not exist in the bound table"
 
+/*
+ * That a batch is pending, said so that the planner does not take it for the
+ * predicate of the index of pending batches: it would read all of the job's.
+ */
+#define STILL_PENDING		"status NOT IN ('completed', 'failed')"
+
 /* The attempt that was counted before and has no outcome yet; job 0: none. */
 static Claim counted;
 
@@ -126,7 +132,7 @@ complete_batch(const Claim *claim)
 	static EngineStatement complete = {
 		"UPDATE payoutq.batch"
 		"   SET status = 'completed', attempts = attempts + 1, crashes = 0, processed_at = $3"
-		" WHERE job_id = $1 AND batch_no = $2 AND status = 'pending'",
+		" WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING,
 		3, {INT8OID, INT4OID, TIMESTAMPTZOID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
@@ -170,15 +176,21 @@ payoutq_count_attempt(const Claim *claim)
 		"UPDATE payoutq.batch SET crashes = crashes + 1 WHERE job_id = $1 AND batch_no = $2",
 		2, {INT8OID, INT4OID}
 	};
-	static bool registered = false;
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
+
+	(void) payoutq_execute(&count, values, NULL, SPI_OK_UPDATE);
+	payoutq_attempt_counted(claim);
+}
+
+void
+payoutq_attempt_counted(const Claim *claim)
+{
+	static bool registered = false;
 
 	if (!registered)
 		before_shmem_exit(take_back_at_exit, (Datum) 0);
 	registered = true;
-
-	(void) payoutq_execute(&count, values, NULL, SPI_OK_UPDATE);
 	counted = *claim;
 }
 
@@ -196,15 +208,21 @@ payoutq_take_attempt_back(const Claim *claim)
 		"UPDATE payoutq.batch SET crashes = crashes - 1"
 		" WHERE (job_id, batch_no) IN"
 		"       (SELECT job_id, batch_no FROM payoutq.batch"
-		"         WHERE job_id = $1 AND batch_no = $2 AND status = 'pending' AND crashes > 0"
+		"         WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING " AND crashes > 0"
 		"           FOR UPDATE SKIP LOCKED)",
 		2, {INT8OID, INT4OID}
+	};
+	static EngineStatement take_query_back = {
+		"UPDATE payoutq.job SET attempts = attempts - 1"
+		" WHERE id IN (SELECT id FROM payoutq.job WHERE id = $1 AND attempts > 0 FOR UPDATE SKIP LOCKED)",
+		1, {INT8OID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
 
 	counted.job_id = 0;
-	(void) payoutq_execute(&take_back, values, NULL, SPI_OK_UPDATE);
+	(void) payoutq_execute(claim->batch_no == QUERY_OF_JOB ? &take_query_back : &take_back,
+						   values, NULL, SPI_OK_UPDATE);
 }
 
 /*
@@ -311,7 +329,7 @@ fail_entries(const Claim *claim, int sqlstate, const char *message)
 		"UPDATE payoutq.batch"
 		"   SET status = 'failed', attempts = attempts + 1, crashes = 0, processed_at = $3,"
 		"       error_code = $4, error = $5"
-		" WHERE job_id = $1 AND batch_no = $2 AND status = 'pending'",
+		" WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING,
 		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
@@ -429,7 +447,7 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int pieces,
 		"           status = p.status, processed_at = p.processed_at,"
 		"           run_after = p.run_after, error_code = $9, error = $10"
 		"      FROM piece p"
-		"     WHERE p.n = 1 AND b.job_id = $1 AND b.batch_no = $2 AND b.status = 'pending'"
+		"     WHERE p.n = 1 AND b.job_id = $1 AND b.batch_no = $2"
 		")"
 		" INSERT INTO payoutq.batch (job_id, batch_no, first_seq, last_seq, amount, attempts,"
 		"                            status, processed_at, run_after, error_code, error)"

@@ -291,7 +291,7 @@ payoutq_reclaim(const Claim *claim)
 {
 	static EngineStatement again = {
 		"SELECT FROM payoutq.batch b"
-		" WHERE b.job_id = $1 AND b.batch_no = $2 AND b.status = 'pending'"
+		" WHERE b.job_id = $1 AND b.batch_no = $2 AND b.status NOT IN ('completed', 'failed')"
 		"   AND b.first_seq = $3 AND b.last_seq = $4"
 		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
 		" FOR UPDATE OF b SKIP LOCKED",

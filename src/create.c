@@ -41,7 +41,7 @@ typedef struct JobSpec
 	Datum		metadata;
 	bool		has_metadata;
 	const char *created_by;
-	const char *search_path;
+	Datum		settings;		/* text[]: name, value, ... for the query */
 } JobSpec;
 
 static void read_common_arguments(FunctionCallInfo fcinfo, int first, JobSpec *spec);
@@ -101,6 +101,7 @@ payout_create_job_from(PG_FUNCTION_ARGS)
 	require_argument(fcinfo, 1, "query");
 	read_common_arguments(fcinfo, 2, &spec);
 	spec.query = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	spec.settings = payoutq_query_settings();
 	payoutq_check_query(spec.query);
 	return create_job(&spec);
 }
@@ -124,7 +125,6 @@ read_common_arguments(FunctionCallInfo fcinfo, int first, JobSpec *spec)
 	spec->has_metadata = !PG_ARGISNULL(first + 9);
 	spec->metadata = spec->has_metadata ? PG_GETARG_DATUM(first + 9) : (Datum) 0;
 	spec->created_by = GetUserNameFromId(GetUserId(), false);
-	spec->search_path = pstrdup(namespace_search_path);
 
 	if (!PG_ARGISNULL(first + 8))
 		ereport(ERROR,
@@ -231,13 +231,13 @@ insert_job(const JobSpec *spec, bytea *hash)
 {
 	static EngineStatement insert = {
 		"INSERT INTO payoutq.job (reference, payload_hash, challenge_id, currency, source_account,"
-		"       total_pool, platform_fee, query, search_path, created_by, priority, batch_size,"
+		"       total_pool, platform_fee, query, settings, created_by, priority, batch_size,"
 		"       run_at, metadata, origin, bound)"
 		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,"
 		"         EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = $4))"
 		" ON CONFLICT (reference) DO NOTHING RETURNING id",
 		15, {TEXTOID, BYTEAOID, INT8OID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID,
-			TEXTOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID}
+			TEXTARRAYOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID}
 	};
 	NameData	created_by;
 	int64		pool = spec->has_pool ? spec->total_pool : spec->winners.total + spec->fee;
@@ -254,7 +254,7 @@ insert_job(const JobSpec *spec, bytea *hash)
 	values[5] = Int64GetDatum(pool);
 	values[6] = Int64GetDatum(spec->fee);
 	values[7] = spec->query ? CStringGetTextDatum(spec->query) : (Datum) 0;
-	values[8] = spec->query ? CStringGetTextDatum(spec->search_path) : (Datum) 0;
+	values[8] = spec->settings;
 	values[9] = NameGetDatum(&created_by);
 	values[10] = Int32GetDatum(spec->priority);
 	values[11] = Int32GetDatum(spec->batch_size);

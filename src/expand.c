@@ -11,13 +11,16 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_authid.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_type.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/lsyscache.h"
 #include "utils/plancache.h"
 #include "utils/timestamp.h"
 
@@ -25,11 +28,18 @@
 
 #define SLICE	10000
 
+/* A query that was begun so often without an outcome is not run again. */
+#define MAX_CRASHES	3
+
+/* After a transient error a query waits as after so many of a batch. */
+#define BACKOFF_STEPS	4
+
 typedef struct Expansion
 {
 	int64		job_id;
 	char	   *query;
-	char	   *search_path;
+	Datum	   *settings;		/* name, value, ... */
+	int			setting_count;
 	char	   *created_by;
 	char	   *currency;
 	char	   *source_account;
@@ -45,6 +55,7 @@ typedef struct Expansion
 	int32		batches;
 } Expansion;
 
+static void refuse_temporary_tables(List *relations);
 static char *wrap_query(const char *query);
 static bool load(Expansion *e);
 static ErrorData *expand(Expansion *e);
@@ -81,6 +92,7 @@ prepare_query(const char *query)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("query must be a single SELECT")));
 
+	refuse_temporary_tables(((CachedPlanSource *) linitial(sources))->relationOids);
 	type = TupleDescAttr(((CachedPlanSource *) linitial(sources))->resultDesc, 1)->atttypid;
 	if (type != INT8OID && type != INT4OID && type != INT2OID)
 		ereport(ERROR,
@@ -89,6 +101,48 @@ prepare_query(const char *query)
 						format_type_be(type)),
 				 errhint("Cast it to bigint, in minor units.")));
 	return plan;
+}
+
+/* Nobody else has them, but may have a table of that name. */
+static void
+refuse_temporary_tables(List *relations)
+{
+	ListCell   *cell;
+
+	foreach(cell, relations)
+		if (get_rel_persistence(lfirst_oid(cell)) == RELPERSISTENCE_TEMP)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("query reads temporary table \"%s\"", get_rel_name(lfirst_oid(cell))),
+					 errdetail("It is run later, in another session."),
+					 errhint("Use a permanent table, or payout_create_job() with arrays.")));
+}
+
+/*
+ * What the query's names and literals mean to its creator: the schemas of his
+ * search_path, with "$user" resolved, and how he writes times.
+ */
+Datum
+payoutq_query_settings(void)
+{
+	static const char *const names[] = {"TimeZone", "DateStyle", "IntervalStyle"};
+	Datum		settings[2 * lengthof(names) + 2];
+	int			count = 0;
+	StringInfoData path;
+	ListCell   *cell;
+
+	initStringInfo(&path);
+	foreach(cell, fetch_search_path(false))
+		appendStringInfo(&path, "%s%s", path.len > 0 ? ", " : "",
+						 quote_identifier(get_namespace_name(lfirst_oid(cell))));
+	settings[count++] = CStringGetTextDatum("search_path");
+	settings[count++] = CStringGetTextDatum(path.len > 0 ? path.data : "\"\"");
+	for (int i = 0; i < lengthof(names); i++)
+	{
+		settings[count++] = CStringGetTextDatum(names[i]);
+		settings[count++] = CStringGetTextDatum(GetConfigOptionByName(names[i], NULL, false));
+	}
+	return PointerGetDatum(construct_array(settings, count, TEXTOID, -1, false, TYPALIGN_INT));
 }
 
 /* COLLATE "C" is the order in which entries are numbered. */
@@ -113,27 +167,37 @@ bool
 payoutq_expand_job(int64 job_id, EngineState *state)
 {
 	Expansion	e = {.job_id = job_id};
+	Claim		attempt = {.job_id = job_id, .batch_no = QUERY_OF_JOB};
 	ErrorData  *error;
 
 	/* One at a time in a database: the other workers pay meanwhile. */
 	if (!payoutq_lock_job(0, ExclusiveLock, false) || !load(&e))
 		return false;
-	if (e.attempts > payoutq_max_attempts)
+	if (e.attempts > MAX_CRASHES)
 	{
 		payoutq_fail_job(job_id, ERRCODE_CRASH_SHUTDOWN,
-						 psprintf("its query was tried %d times", e.attempts - 1));
+						 psprintf("the server or the worker was killed %d times while it ran the query",
+								  e.attempts - 1));
 		return false;
 	}
+	payoutq_attempt_counted(&attempt);
 	payoutq_turn_commit(state);
 
 	/* Not the job's: whoever cancels it need not wait for its query. */
 	if (!payoutq_lock_extension() || !payoutq_lock_job(0, ExclusiveLock, false))
+	{
+		payoutq_take_attempt_back(&attempt);
 		return false;
+	}
 	error = expand(&e);
+	payoutq_take_attempt_back(&attempt);
 	if (error)
 	{
 		if (payoutq_is_interrupt(error))
+		{
+			payoutq_turn_commit(state);
 			ReThrowError(error);
+		}
 		payoutq_worker_error(error->message);
 		if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT)
 			try_again_later(&e);
@@ -149,7 +213,7 @@ load(Expansion *e)
 	static EngineStatement begin = {
 		"UPDATE payoutq.job SET attempts = attempts + 1"
 		" WHERE id = $1 AND status = 'running' AND total_winners IS NULL"
-		" RETURNING query, search_path, created_by, currency, source_account, batch_size,"
+		" RETURNING query, settings, created_by, currency, source_account, batch_size,"
 		"           platform_fee, total_pool, attempts",
 		1, {INT8OID}
 	};
@@ -159,7 +223,8 @@ load(Expansion *e)
 	if (payoutq_execute(&begin, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
 		return false;
 	e->query = payoutq_result_cstring(0, 1);
-	e->search_path = payoutq_result_cstring(0, 2);
+	deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
+					  TYPALIGN_INT, &e->settings, NULL, &e->setting_count);
 	e->created_by = payoutq_result_cstring(0, 3);
 	e->currency = payoutq_result_cstring(0, 4);
 	e->source_account = payoutq_result_cstring(0, 5);
@@ -249,7 +314,8 @@ become_creator(const Expansion *e, EngineState *ours)
 	payoutq_foreign_enter(ours, superuser ? ROLE_PG_READ_ALL_DATA : role);
 	for (int i = 0; i < lengthof(plans); i++)
 		payoutq_set_local(plans[i], "on");
-	payoutq_set_local("search_path", e->search_path);
+	for (int i = 0; i + 1 < e->setting_count; i += 2)
+		payoutq_set_local(TextDatumGetCString(e->settings[i]), TextDatumGetCString(e->settings[i + 1]));
 
 	/* Rows that a policy would hide are an error, not a smaller payout. */
 	if (superuser)
@@ -338,7 +404,7 @@ try_again_later(const Expansion *e)
 		2, {INT8OID, TIMESTAMPTZOID}
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id),
-		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), e->attempts))};
+		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), BACKOFF_STEPS))};
 
 	(void) payoutq_execute(&wait, values, NULL, SPI_OK_UPDATE);
 }

@@ -239,7 +239,11 @@ typedef enum BatchOutcome
 	BATCH_INTERRUPTED			/* *error is to be thrown again */
 } BatchOutcome;
 
+/* Instead of a batch_no: the attempt is at the query of the job. */
+#define QUERY_OF_JOB	0
+
 extern void payoutq_count_attempt(const Claim *claim);
+extern void payoutq_attempt_counted(const Claim *claim);
 extern void payoutq_attempt_ended(void);
 extern void payoutq_take_attempt_back(const Claim *claim);
 extern bool payoutq_is_mass_failure(int64 job_id, TimestampTz since);
@@ -346,6 +350,7 @@ extern int32 payoutq_entries_end(EntryWriter *writer, TimestampTz run_after);
 
 /* expand.c */
 extern void payoutq_check_query(const char *query);
+extern Datum payoutq_query_settings(void);
 extern bool payoutq_expand_job(int64 job_id, EngineState *state);
 
 #endif							/* PAYOUTQ_H */

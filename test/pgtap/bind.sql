@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(92);
+SELECT plan(98);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -307,10 +307,22 @@ SELECT is((SELECT error_code FROM payoutq.job WHERE id = :job), '42501', 'as not
 SELECT is_empty($$SELECT FROM app.seen WHERE id = 'super'$$, 'it did not run');
 SELECT is((SELECT coins FROM app.super), 0::bigint, 'and nobody is paid');
 SELECT throws_ok('SELECT payout_deposit(''u'', 1, ''d3'', ''SUPER'')', '42501', NULL, 'the same holds for a deposit');
+CREATE FUNCTION app.trusted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN INSERT INTO app.seen VALUES ('trusted', current_user); RETURN NEW; END $$;
+ALTER TABLE app.super DISABLE TRIGGER rise;
+CREATE TRIGGER trusted BEFORE UPDATE ON app.super FOR EACH ROW EXECUTE FUNCTION app.trusted();
+SELECT throws_ok('SELECT payout_deposit(''u'', 1, ''d3'', ''SUPER'')', '42501', NULL, 'even a disabled one');
+DROP TRIGGER rise ON app.super;
+SELECT lives_ok('SELECT payout_deposit(''u'', 1, ''d3'', ''SUPER'')', 'a superuser''s own trigger may stay');
+SELECT is((SELECT who FROM app.seen WHERE id = 'trusted'), session_user, 'and runs as him');
+DROP TRIGGER trusted ON app.super;
+SET ROLE payoutq_test_app;
+CREATE TRIGGER rise BEFORE UPDATE ON app.super FOR EACH ROW EXECUTE FUNCTION app.rise();
+RESET ROLE;
 ALTER TABLE app.super OWNER TO payoutq_test_app;
 SELECT payout_retry_job(:job) \g /dev/null
 CALL payout_process();
-SELECT is((SELECT coins FROM app.super), 1::bigint, 'with another owner of the table the job pays');
+SELECT is((SELECT coins FROM app.super), 2::bigint, 'with another owner of the table the job pays');
 SELECT is((SELECT who FROM app.seen WHERE id = 'super'), 'payoutq_test_app', 'and the trigger runs as him');
 
 SET ROLE payoutq_test_app;
@@ -338,6 +350,12 @@ SELECT is((SELECT "%1$s" FROM app."Odd ""Table"), 3::bigint, 'then it is left al
 SELECT is((SELECT balance FROM payout_accounts WHERE user_id = 'u' AND currency = 'odd'), 4::bigint,
     'and the extension keeps the balances');
 SELECT lives_ok('SELECT payout_unbind_accounts(''parts'')', 'another that had payouts can be unbound');
+DROP TABLE app.varchar_key;
+SELECT lives_ok('SELECT payout_unbind_accounts(''varchar_key'')', 'and one that is gone');
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT throws_ok('SELECT payout_unbind_accounts(''uuid_key'')', '55000', NULL, 'not with an old snapshot, which may miss a payout');
+SELECT throws_ok('SELECT payout_bind_accounts(''app.text_key'', ''id'', ''coins'', ''new'')', '55000', NULL, 'nor bound');
+COMMIT;
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'and the books still balance');
 
 SELECT finish();

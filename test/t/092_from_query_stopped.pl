@@ -1,0 +1,111 @@
+# A worker that is stopped or killed in the middle of a query leaves nothing
+# behind: the query is run again, and pays once.  One that always kills the
+# worker is given up after payoutq.max_attempts.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = start_node('main', conf => q(
+payoutq.lock_timeout = 1min
+payoutq.max_attempts = 3
+max_prepared_transactions = 1
+));
+create_db_with_extension($node, 'app');
+
+# The query waits for a lock, and a prepared transaction keeps it over crashes.
+my $hold = q{
+	BEGIN;
+	SELECT pg_advisory_xact_lock(7);
+	PREPARE TRANSACTION 'hold'};
+my $release = q(ROLLBACK PREPARED 'hold');
+
+# Stopped, more often than it may be tried
+$node->safe_psql('app', $hold);
+my $job = create('stopped');
+foreach my $n (1 .. 5)
+{
+	ok(worker_is_held($job), "the query is run, $n") or last;
+	$node->safe_psql('app', 'SELECT payout_stop_workers()');
+	wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
+	$node->safe_psql('app', 'SELECT payout_start_worker()');
+}
+nothing_is_left($job, 'stopped');
+$node->safe_psql('app', $release);
+ok(wait_for_job($node, 'app', $job, 'completed', 30), 'stopped: then the job is paid');
+paid_once_ok($node, 'app', 5000, 'stopped', prefix => 'stopped');
+
+# Killed, once
+$node->safe_psql('app', $hold);
+$job = create('once');
+ok(worker_is_held($job), 'the query is run');
+kill9(held_pid());
+ok(wait_for($node, 'app', 'SELECT true'), 'the server is back');
+ok(worker_is_held($job), 'the query is run again by itself');
+nothing_is_left($job, 'once');
+$node->safe_psql('app', $release);
+ok(wait_for_job($node, 'app', $job), 'killed once: then the job is paid');
+paid_once_ok($node, 'app', 5000, 'once', prefix => 'once');
+
+# Killed each time
+$node->safe_psql('app', $hold);
+$job = create('always');
+my $times = 0;
+while ($times < 10 && worker_is_held($job))
+{
+	$times++;
+	kill9(held_pid());
+	wait_for($node, 'app', 'SELECT true');
+}
+is($times, 3, 'tried as often as payoutq.max_attempts');
+ok(wait_for_job($node, 'app', $job, 'failed'), 'then the job has failed');
+like($node->safe_psql('app', "SELECT error FROM payout_job_status($job)"), qr/tried 3 times/, 'with the reason');
+nothing_is_left($job, 'always');
+$node->safe_psql('app', $release);
+$node->safe_psql('app', "SELECT payout_retry_job($job)");
+ok(wait_for_job($node, 'app', $job), 'retried, it is expanded and paid');
+paid_once_ok($node, 'app', 5000, 'always', prefix => 'always');
+
+$node->stop;
+done_testing();
+
+sub create
+{
+	my ($name) = @_;
+	return $node->safe_psql('app', qq{
+		SELECT payout_create_job_from('$name',
+			'SELECT ''$name'' || i AS user_id, i::bigint AS amount
+			 FROM generate_series(1, 5000) i
+			 WHERE i < 4000 OR pg_advisory_xact_lock_shared(7) IS NOT NULL')});
+}
+
+sub nothing_is_left
+{
+	my ($job, $name) = @_;
+	is($node->safe_psql('app', "SELECT count(*) FROM payout_entries WHERE job_id = $job"),
+		0, "$name: nothing is left of an attempt");
+	books_ok($node, 'app', "$name, not expanded");
+	return;
+}
+
+sub held_pid
+{
+	return $node->safe_psql('app', q{
+		SELECT min(pid) FROM pg_stat_activity
+		WHERE backend_type = 'payoutq worker' AND wait_event = 'advisory'});
+}
+
+# True when a worker waits for our lock, false when the job has ended.
+sub worker_is_held
+{
+	my ($job) = @_;
+	my $held = q{EXISTS (SELECT FROM pg_stat_activity
+		WHERE backend_type = 'payoutq worker' AND wait_event = 'advisory')};
+	wait_for($node, 'app', "SELECT $held OR status = 'failed' FROM payout_job_status($job)");
+	return $node->safe_psql('app', "SELECT $held") eq 't';
+}
