@@ -36,7 +36,8 @@ SELECT results_eq(
                                        batch_size => 2) ORDER BY entry$$,
     'the same of arrays');
 SELECT results_eq(
-    $$SELECT * FROM payout_preview_job_from('p1', 'SELECT * FROM (VALUES (''c'', 30), (''b'', 20), (''Z'', 10)) AS w (user_id, amount); ', batch_size => 2) ORDER BY entry$$,
+    $$SELECT * FROM payout_preview_job_from('p1', 'SELECT * FROM (VALUES (''c'', 30), (''b'', 20), (''Z'', 10)) AS w (user_id, amount); ',
+                                            batch_size => 2) ORDER BY entry$$,
     $$SELECT * FROM payout_preview_job('p1', ARRAY['c', 'b', 'Z'], ARRAY[30, 20, 10], batch_size => 2) ORDER BY entry$$,
     'and of a query');
 SELECT results_eq(
@@ -56,7 +57,8 @@ SELECT payout_create_job('p1', ARRAY['c', 'b', 'Z'], ARRAY[30, 20, 10], batch_si
 BEGIN;
 SELECT results_eq(
     format('SELECT e.entry, e.user_id, e.amount, e.batch_no FROM payout_entries e WHERE job_id = %s ORDER BY 1', :job),
-    $$SELECT entry, user_id COLLATE "C", amount, batch_no FROM payout_preview_job('p1', ARRAY['c', 'b', 'Z'], ARRAY[30, 20, 10], batch_size => 2) ORDER BY 1$$,
+    $$SELECT entry, user_id COLLATE "C", amount, batch_no
+        FROM payout_preview_job('p1', ARRAY['c', 'b', 'Z'], ARRAY[30, 20, 10], batch_size => 2) ORDER BY 1$$,
     'a job that is created is what was shown');
 ROLLBACK;
 

@@ -195,7 +195,8 @@ SET synchronous_commit = off;
 SELECT public.payout_create_job('settings', ARRAY['s1', 's2'], ARRAY[1, 2], batch_size => 1) AS job \gset
 CALL public.payout_process(NULL, :job);
 SELECT concat_ws(' ', current_setting('search_path'), current_setting('enable_indexscan'), current_setting('enable_seqscan'),
-                    current_setting('lock_timeout'), current_setting('synchronous_commit'), current_setting('transaction_isolation'), current_user) AS settings \gset
+                    current_setting('lock_timeout'), current_setting('synchronous_commit'),
+                 current_setting('transaction_isolation'), current_user) AS settings \gset
 RESET search_path;
 RESET enable_indexscan;
 RESET lock_timeout;

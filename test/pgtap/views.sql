@@ -10,9 +10,11 @@ SELECT plan(61);
 SELECT is_empty(
     format($$SELECT c FROM unnest(string_to_array(%L, ', ')) AS c
               WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = %L::regclass AND attname = c AND attnum > 0)$$, columns, v),
-    v || ' has ' || columns)
+    v || ' has its columns')
   FROM (VALUES
-    ('payout_jobs', 'job_id, reference, challenge_id, status, total_winners, processed_winners, completed_count, failed_count, pending_count, progress, progress_percent, total_pool, platform_fee, amount_paid, entries_per_second, eta, created_at, started_at, completed_at, error, kind, currency, priority, batch_size, run_at, metadata'),
+    ('payout_jobs', 'job_id, reference, challenge_id, status, total_winners, processed_winners, completed_count, failed_count, '
+                    'pending_count, progress, progress_percent, total_pool, platform_fee, amount_paid, entries_per_second, eta, '
+                    'created_at, started_at, completed_at, error, kind, currency, priority, batch_size, run_at, metadata'),
     ('payout_entries', 'job_id, entry, user_id, amount, status, attempts, error, created_at, processed_at'),
     ('payout_failed_entries', 'job_id, entry, user_id, amount, status, attempts, error, created_at, processed_at'),
     ('payout_batches', 'job_id, batch_no, first_entry, last_entry, status, attempts, run_after, completed_at, error'),
@@ -142,7 +144,8 @@ SET LOCAL session_replication_role = replica;
 UPDATE payoutq.batch SET processed_at = date_trunc('minute', now()) - interval '10 minutes' + interval '1 second' * batch_no
  WHERE status = 'completed' AND job_id IN (:mixed, :half);
 UPDATE payoutq.batch SET processed_at = now() - interval '25 hours' WHERE status = 'completed' AND job_id = :stopped;
-SELECT results_eq('SELECT minute = date_trunc(''minute'', now()) - interval ''10 minutes'', batches, entries, amount FROM payout_stats ORDER BY minute LIMIT 1',
+SELECT results_eq('SELECT minute = date_trunc(''minute'', now()) - interval ''10 minutes'', batches, entries, amount
+                     FROM payout_stats ORDER BY minute LIMIT 1',
     $$VALUES (true, 2::bigint, 3::bigint, 103::numeric)$$, 'what was paid in one minute is one row');
 SELECT is((SELECT sum(entries) FROM payout_stats), 4::numeric, 'after a day it is left out');
 ROLLBACK;
