@@ -1,7 +1,7 @@
 -- Balances, deposits and withdrawals, who funds a job, the fee, reversals,
 -- statements and the ledger.
 \ir fresh.psql
-SELECT plan(103);
+SELECT plan(109);
 
 -- ---------------------------------------------------------------------------
 -- Deposits and withdrawals
@@ -43,6 +43,9 @@ SELECT throws_ok('SELECT payout_' || verb || '(' || arguments || ')', code, NULL
     ('''@platform'', 1, ''x''',   '22023', 'platform account'),
     ('''@outside'', 1, ''x''',    '22023', 'outside account'),
     ('''@job:1'', 1, ''x''',      '22023', 'escrow of a job'),
+    ('repeat(''u'', 1001), 1, ''x''', '22023', 'user too long'),
+    ('''alice'', 1, ''x'', repeat(''C'', 64)', '22023', 'currency too long'),
+    ('''alice'', 1, (SELECT string_agg(md5(i::text), '''') FROM generate_series(1, 300) i)', '22023', 'reference too long'),
     ('''alice'', 0, ''x''',       '23514', 'amount 0'),
     ('''alice'', -1, ''x''',      '23514', 'amount negative')
   ) AS t (arguments, code, what);

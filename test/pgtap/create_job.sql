@@ -2,7 +2,7 @@
 -- everything that they refuse.
 \ir fresh.psql
 BEGIN;
-SELECT plan(111);
+SELECT plan(113);
 
 -- ---------------------------------------------------------------------------
 -- The forms
@@ -101,6 +101,8 @@ SELECT throws_ok($$SELECT payout_create_job(NULL, '[{"user_id": "u", "amount": 1
 SELECT throws_ok($$SELECT payout_create_job('', '[{"user_id": "u", "amount": 1}]')$$, '22023', NULL, 'jsonb: reference empty');
 SELECT throws_ok($$SELECT payout_create_job(NULL, ARRAY['u'], ARRAY[1])$$, '22023', NULL, 'arrays: reference null');
 SELECT throws_ok($$SELECT payout_create_job_from(NULL, 'SELECT ''u'' AS user_id, 1 AS amount')$$, '22023', NULL, 'query: reference null');
+SELECT throws_ok(format('SELECT payout_create_job(%L, ARRAY[''u''], ARRAY[1])', string_agg(md5(i::text), '')), '22023', NULL, 'reference too long')
+  FROM generate_series(1, 300) i;
 SELECT throws_ok($$SELECT payout_create_job('n', NULL::jsonb)$$, '22023', NULL, 'winners null');
 SELECT throws_ok($$SELECT payout_create_job('n', NULL::text[], ARRAY[1])$$, '22023', NULL, 'user_ids null');
 SELECT throws_ok($$SELECT payout_create_job('n', ARRAY['u'], NULL::bigint[])$$, '22023', NULL, 'amounts null');
@@ -153,6 +155,12 @@ SELECT lives_ok(
     $$SELECT payout_create_job('long', ARRAY[repeat('x', 1000)], ARRAY[1])$$, 'a user_id may have 1000 bytes');
 SELECT throws_ok(
     $$SELECT payout_create_job('longer', ARRAY[repeat('x', 1001)], ARRAY[1])$$, '22023', NULL, 'but not 1001');
+
+CREATE FUNCTION pg_temp.message_of(statement text) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN EXECUTE statement; RETURN ''; EXCEPTION WHEN OTHERS THEN RETURN SQLERRM; END $$;
+SELECT lives_ok(format('SELECT convert_from(convert_to(pg_temp.message_of(%L), ''UTF8''), ''UTF8'')',
+                       'SELECT payout_create_job(''bad'', ARRAY[''@'' || repeat(''ä'', 60)], ARRAY[1])'),
+    'a name that is too long for a message is cut between two characters');
 
 -- ---------------------------------------------------------------------------
 -- Winners as arrays

@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(50);
+SELECT plan(53);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -182,6 +182,19 @@ CALL payout_process();
 SELECT results_eq(format('SELECT status, completed_count FROM payout_job_status(%s)', :job), $$VALUES ('completed', 100::bigint)$$,
     'the next run completes it when the cause is mended');
 SELECT is((SELECT count(*)::int FROM app.wallet WHERE 'u' || coins = id), 100, 'and everybody is paid once');
+
+-- ---------------------------------------------------------------------------
+-- Names are only names
+-- ---------------------------------------------------------------------------
+
+CREATE TEMP TABLE odd (n serial, name text);
+INSERT INTO odd (name) VALUES ('it''s'), ('"quoted"'), ('back\slash'), ('%s%n%d'), (E'new\nline'), (' space '), ('a,b}'), ('{}'), ('NULL'), ('null'),
+    ('Ünïcödé 日本'), ('🙂'), ('$1'), ('''; DROP TABLE payoutq.job; --'), (repeat('ä', 500));
+SELECT payout_create_job(E'it''s "odd" %s\n日本 \\', (SELECT array_agg(name) FROM odd), (SELECT array_agg(n * 10) FROM odd), currency => repeat('Ä', 31)) AS odd \gset
+CALL payout_process(NULL, :odd);
+SELECT is((SELECT status FROM payout_job_status(E'it''s "odd" %s\n日本 \\')), 'completed', 'odd names do not keep a job from being paid');
+SELECT is_empty('SELECT name FROM odd WHERE payout_balance(name, repeat(''Ä'', 31)) <> n * 10', 'and each gets his own');
+SELECT is_empty('SELECT name FROM odd WHERE NOT EXISTS (SELECT FROM payout_statement(name, repeat(''Ä'', 31)))', 'and has a statement');
 
 -- ---------------------------------------------------------------------------
 -- Of a session: settings, rights, and a new extension

@@ -32,7 +32,7 @@ my $unpaid = 0;
 foreach my $n (1 .. $kills)
 {
 	# Somewhere within the next part of the job.
-	my $at = int($entries * 0.95 * ($n - rand()) / $kills);
+	my $at = int($entries * 0.8 * ($n - rand()) / $kills);
 	wait_for($node, 'app', "SELECT completed_count >= $at FROM payout_job_status($job)")
 	  or last;
 
