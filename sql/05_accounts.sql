@@ -26,6 +26,10 @@ BEGIN
         RAISE EXCEPTION 'amount, reference and currency must not be null or empty'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF octet_length(user_id) > 1000 OR octet_length(reference) > 1000 OR octet_length(currency) > 63 THEN
+        RAISE EXCEPTION 'user id, reference or currency is too long'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'The limits are 1000, 1000 and 63 bytes.';
+    END IF;
     IF amount <= 0 THEN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
     END IF;

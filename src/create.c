@@ -150,6 +150,12 @@ check_spec(JobSpec *spec)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("reference must not be null or empty"),
 				 errhint("It is the job's idempotency key: name what is being settled.")));
+	if (strlen(spec->reference) > PAYOUTQ_MAX_NAME)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("reference is too long"),
+				 errdetail("It has %zu bytes; the limit is %d.",
+						   strlen(spec->reference), PAYOUTQ_MAX_NAME)));
 	if (spec->currency[0] == '\0' || strlen(spec->currency) >= NAMEDATALEN)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

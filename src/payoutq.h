@@ -32,6 +32,7 @@ extern void payoutq_define_settings(void);
 
 #define PAYOUTQ_MAX_WORKERS		32	/* per database */
 #define PAYOUTQ_MAX_BATCH_SIZE	10000
+#define PAYOUTQ_MAX_NAME		1000	/* bytes of a user id or reference: they are indexed */
 
 /* engine.c: the rights, settings and statements of the extension's own work */
 typedef struct EngineState

@@ -7,15 +7,13 @@
 
 #include "catalog/pg_type.h"
 #include "common/int.h"
+#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 
 #include "compat.h"
 #include "payoutq.h"
-
-/* Longer ones would not fit into the index of accounts. */
-#define MAX_USER_ID_LENGTH	1000
 
 static void allocate(Winners *winners, int64 count);
 static void add(Winners *winners, const char *user_id, int length, int64 amount);
@@ -177,13 +175,13 @@ payoutq_check_user_id(const char *user_id, int length, int64 position)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("user id \"%.*s\" of winner " INT64_FORMAT " begins with \"@\"",
-						Min(length, 100), user_id, position),
+						pg_mbcliplen(user_id, length, 100), user_id, position),
 				 errdetail("Such names are kept for system accounts.")));
-	if (length > MAX_USER_ID_LENGTH)
+	if (length > PAYOUTQ_MAX_NAME)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("user id of winner " INT64_FORMAT " is too long", position),
-				 errdetail("It has %d bytes; the limit is %d.", length, MAX_USER_ID_LENGTH)));
+				 errdetail("It has %d bytes; the limit is %d.", length, PAYOUTQ_MAX_NAME)));
 }
 
 int64
@@ -235,7 +233,8 @@ sort_and_check(Winners *winners)
 		if (payoutq_compare_users(a->user_id, a->length, b->user_id, b->length) == 0)
 			ereport(ERROR,
 					(errcode(ERRCODE_UNIQUE_VIOLATION),
-					 errmsg("user \"%.*s\" is in the job twice", a->length, a->user_id),
+					 errmsg("user \"%.*s\" is in the job twice",
+							pg_mbcliplen(a->user_id, a->length, 100), a->user_id),
 					 errdetail("It stands at positions %d and %d.", a->position, b->position)));
 	}
 }

@@ -2,7 +2,7 @@
 -- everything that they refuse.
 \ir fresh.psql
 BEGIN;
-SELECT plan(113);
+SELECT plan(115);
 
 -- ---------------------------------------------------------------------------
 -- The forms
@@ -224,6 +224,8 @@ SELECT throws_like($$SELECT payout_create_job('bad', ARRAY['u'], ARRAY[1], provi
 -- Queries
 -- ---------------------------------------------------------------------------
 
+CREATE TEMP TABLE own_table (user_id text, amount bigint);
+CREATE TEMP VIEW own_view AS SELECT * FROM own_table;
 SELECT throws_ok(format('SELECT payout_create_job_from(%L, %L)', 'bad', query), code, NULL, what)
   FROM (VALUES
     ('SELECT ''u'' AS user_id, 1.5 AS amount',                 '22023', 'amount of type numeric'),
@@ -234,7 +236,9 @@ SELECT throws_ok(format('SELECT payout_create_job_from(%L, %L)', 'bad', query), 
     ('nonsense',                                               '42601', 'not a query'),
     ('',                                                       '42601', 'an empty query'),
     ('DELETE FROM payoutq.account RETURNING user_id, balance AS amount', '42601', 'not a SELECT'),
-    ('SELECT ''u'' AS user_id, 1 AS amount; SELECT 1',         '42601', 'two statements')
+    ('SELECT ''u'' AS user_id, 1 AS amount; SELECT 1',         '42601', 'two statements'),
+    ('SELECT * FROM own_table',                                '22023', 'a query of a temporary table'),
+    ('SELECT * FROM own_view',                                 '22023', 'or of a view of one')
   ) AS t (query, code, what);
 SELECT throws_ok($$SELECT payout_create_job_from('bad', 'SELECT ''u'' AS user_id, 1 AS amount', platform_fee => -1)$$,
     '23514', NULL, 'query: platform_fee negative');

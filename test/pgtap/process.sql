@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(53);
+SELECT plan(54);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -94,6 +94,14 @@ SELECT payout_create_job_from('path', 'SELECT user_id, amount FROM local') AS pa
 RESET search_path;
 CALL payout_process(NULL, :path);
 SELECT is(payout_balance('local'), 7::bigint, 'names in a query are those that its creator''s search_path finds');
+
+SET TimeZone = 'Asia/Tokyo';
+SET DateStyle = 'SQL, DMY';
+SELECT payout_create_job_from('time', $$SELECT 'time' AS user_id, extract(epoch FROM timestamptz '02/01/2026 09:00' - '2026-01-01 00:00+00')::int AS amount$$) AS job \gset
+RESET TimeZone;
+RESET DateStyle;
+CALL payout_process(NULL, :job);
+SELECT is((SELECT sum(amount) FROM payout_entries WHERE job_id = :job), 86400::numeric, 'and times in it are those that he has written');
 
 CREATE TABLE app.bad (user_id text, amount bigint);
 SELECT payout_create_job_from('bad ' || what, query, total_pool => pool, source_account => source)

@@ -36,11 +36,8 @@ foreach my $n (1 .. $kills)
 	wait_for($node, 'app', "SELECT completed_count >= $at FROM payout_job_status($job)")
 	  or last;
 
-	# Whatever was shown as paid stays paid.
 	my $how = $how[ $n % @how ];
-	my $before = $node->safe_psql('app',
-		"SELECT completed_count FROM payout_job_status($job)");
-	crash($how);
+	my $before = crash($how);
 	my $paid = $node->safe_psql('app',
 		"SELECT completed_count FROM payout_job_status($job)");
 	cmp_ok($paid, '>=', $before, "kill $n ($how): nothing is lost");
@@ -68,20 +65,24 @@ unlike(slurp_file($node->logfile), qr/PANIC|TRAP:/, 'nothing worse in the log');
 $node->stop;
 done_testing();
 
-# Returns when the server answers again.
+# Returns when the server answers again, with what was shown as paid just before
+# the crash.
 sub crash
 {
 	my ($how) = @_;
+	my $session = $node->background_psql('app');
+	my @children = split /\n/,
+	  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
+	my $worker = worker_pid($node, 'app');
+	my $before = $session->query_safe(
+		"SELECT completed_count FROM payout_job_status($job)");
 
 	if ($how eq 'worker')
 	{
-		kill9(worker_pid($node, 'app'));
+		kill9($worker);
 	}
 	else
 	{
-		my @children = split /\n/,
-		  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-
 		$node->kill9;
 		kill('KILL', @children) if $how eq 'all';
 
@@ -90,6 +91,7 @@ sub crash
 		usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
 		$node->start;
 	}
+	$session->quit;
 	wait_for($node, 'app', 'SELECT true');
-	return;
+	return $before;
 }
