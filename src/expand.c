@@ -133,8 +133,13 @@ payoutq_query_settings(void)
 
 	initStringInfo(&path);
 	foreach(cell, fetch_search_path(false))
+	{
+		/* A temporary schema is nobody else's. */
+		if (isAnyTempNamespace(lfirst_oid(cell)))
+			continue;
 		appendStringInfo(&path, "%s%s", path.len > 0 ? ", " : "",
 						 quote_identifier(get_namespace_name(lfirst_oid(cell))));
+	}
 	settings[count++] = CStringGetTextDatum("search_path");
 	settings[count++] = CStringGetTextDatum(path.len > 0 ? path.data : "\"\"");
 	for (int i = 0; i < lengthof(names); i++)
