@@ -154,7 +154,7 @@ sub wait_for
 	my $end = time() + $limit;
 	while (1)
 	{
-		($status, $result, $error) = $node->psql($db, $query);
+		($status, $result, $error) = _ask($node, $db, $query);
 		return 1 if $status == 0 && $result eq $expected;
 		last if time() > $end;
 		usleep(20_000);
@@ -164,6 +164,18 @@ sub wait_for
 		  . "last result: \"$result\"\n$error");
 	_diagnose($node, $db);
 	return 0;
+}
+
+# A server that is just starting hangs up before psql has read the query, and
+# then writing it to psql is an error too.
+sub _ask
+{
+	my ($node, $db, $query, @params) = @_;
+	my @answer;
+
+	eval { @answer = $node->psql($db, $query, @params); 1 }
+	  or @answer = (-1, '', $@);
+	return @answer;
 }
 
 sub _diagnose
@@ -179,7 +191,7 @@ sub _diagnose
 		  FROM pg_stat_activity))
 	{
 		my ($status, $result, $error) =
-		  $node->psql($db, $query, extra_params => ['--pset=tuples_only=off']);
+		  _ask($node, $db, $query, extra_params => ['--pset=tuples_only=off']);
 		diag("\n$query\n$result$error");
 	}
 

@@ -43,19 +43,33 @@ my ($dump, $script) = ("$tmp/dump", "$tmp/script");
 my $to = $node->connstr('postgres');
 $node->command_ok([ 'pg_dump', '-Fc', '-f', $dump, $node->connstr('app') ], 'pg_dump');
 $node->command_ok([ 'pg_dump', '-f', $script, $node->connstr('app') ], 'pg_dump as a script');
-$node->safe_psql('postgres', "CREATE DATABASE $_") foreach ('plain', 'parallel', 'partial');
+$node->safe_psql('postgres', "CREATE DATABASE $_") foreach ('plain', 'parallel', 'partial', 'sections');
 my $list = list_without('payoutq account');
 $node->command_ok([ 'pg_restore', '-L', $list, '-d', $node->connstr('partial'), $dump ], 'without accounts');
+$node->command_ok([ 'pg_restore', '--section=pre-data', '--section=data', '-d', $node->connstr('sections'), $dump ],
+	'without indexes');
 $node->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', $script, '-o', "$tmp/out", '-d', $node->connstr('plain') ], 'psql');
 $node->command_ok([ 'pg_restore', '-j2', '-d', $node->connstr('parallel'), $dump ], 'pg_restore -j2');
 
-# What is not whole is not paid, and says why, until the rest is there.
+# What is not whole is not paid, and says why, until the rest is there.  Workers
+# look every ten seconds; we do not want to wait for that here.
 ok(wait_for($node, 'partial', qq{
+		CALL payout_process();
 		SELECT error ~ 'restored.*account_balances' FROM payout_job_status($job{half})}),
 	'partial: the job says what it waits for');
 is($node->safe_psql('partial', $state), $before, 'partial: nothing is paid');
 $node->command_ok([ 'pg_restore', '-a', '-n', 'payoutq', '-t', 'account', '-d', $node->connstr('partial'), $dump ],
 	'the accounts come later');
+
+# Nor while the bound table has no unique key yet, and maybe no trigger.
+ok(wait_for($node, 'sections', qq{
+		CALL payout_process();
+		SELECT error ~ 'restored.*bound table' FROM payout_job_status($job{bound})}),
+	'sections: the job waits for the bound table');
+is($node->safe_psql('sections', "SELECT completed_count FROM payout_job_status($job{bound})"),
+	350, 'sections: nothing is paid into it');
+$node->command_ok([ 'pg_restore', '--section=post-data', '-d', $node->connstr('sections'), $dump ],
+	'the indexes come later');
 
 foreach my $db ('plain', 'parallel')
 {
@@ -82,9 +96,13 @@ foreach my $db ('plain', 'parallel')
 }
 
 # The part that came later was all that was missing.
+$node->safe_psql($_, 'CALL payout_process()') foreach ('partial', 'sections');
 ok(wait_for_job($node, 'partial', $job{half}), 'partial: now the job goes on');
 is($node->safe_psql('partial', "SELECT error FROM payout_job_status($job{half})"), '', 'and has no error');
 books_ok($node, 'partial', 'partial');
+
+ok(wait_for_job($node, 'sections', $job{bound}), 'sections: now the job goes on');
+paid_once_ok($node, 'sections', 1000, 'sections', accounts => 'users');
 
 # The original
 is($node->safe_psql('app', $state), $before, 'the original has not changed');
