@@ -13,7 +13,12 @@ COMMENT ON FUNCTION payoutq.origin() IS
 CREATE FUNCTION payoutq.wake() RETURNS void
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_wake_sql';
 COMMENT ON FUNCTION payoutq.wake() IS
-'wakes the workers of this database, and whoever waits for a job, when the transaction commits';
+'wakes the workers of this database when the transaction commits';
+
+CREATE FUNCTION payoutq.tell_waiters() RETURNS void
+LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_tell_waiters';
+COMMENT ON FUNCTION payoutq.tell_waiters() IS
+'wakes whoever is in payout_wait_for_job() when the transaction commits';
 
 -- Whoever inserts a job wakes, a restore too.
 CREATE FUNCTION payoutq.wake_workers() RETURNS trigger
@@ -75,7 +80,7 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT pg_notify('payoutq_jobs',
                      json_build_object('event', event, 'job_id', j.id, 'reference', left(j.reference, 500),
                                        'status', j.status)::text),
-           payoutq.wake()
+           payoutq.tell_waiters()
       FROM payoutq.job j WHERE j.id = announce.job_id
 $$;
 COMMENT ON FUNCTION payoutq.announce(bigint, text) IS

@@ -51,6 +51,7 @@ static void at_end(XactEvent event, void *arg);
 static void set_latch_of(int proc);
 
 PG_FUNCTION_INFO_V1(payoutq_wake_sql);
+PG_FUNCTION_INFO_V1(payoutq_tell_waiters);
 PG_FUNCTION_INFO_V1(payoutq_wake_trigger);
 PG_FUNCTION_INFO_V1(payoutq_worker_slots);
 
@@ -412,6 +413,13 @@ Datum
 payoutq_wake_sql(PG_FUNCTION_ARGS)
 {
 	payoutq_wake_at_commit();
+	PG_RETURN_VOID();
+}
+
+/* Not the workers: a job that begins or ends is nothing new to do. */
+Datum
+payoutq_tell_waiters(PG_FUNCTION_ARGS)
+{
 	payoutq_announce_at_commit();
 	PG_RETURN_VOID();
 }

@@ -78,6 +78,7 @@ foreach my $db ('plain', 'parallel')
 	is($node->safe_psql($db, "SELECT status, completed_count FROM payout_job_status($job{paused})"),
 		'paused|350', "$db: what was paused is paused");
 	$node->safe_psql($db, "SELECT payout_resume_job($job{paused})");
+	$node->safe_psql($db, 'CALL payout_process()');
 	ok(wait_for_job($node, $db, $job{paused}), "$db: until it is resumed");
 
 	is($node->safe_psql($db, q{

@@ -1,0 +1,63 @@
+# Thousands of jobs at once, also thousands that wait for another try: nobody is
+# forgotten, and a new job does not have to wait for them.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+use Payoutq;
+use Test::More;
+use Time::HiRes qw(time);
+
+my $node = start_node('main', conf => q(
+payoutq.interval = '1d'
+payoutq.retry_base = 1h
+payoutq.retry_cap = 1h
+));
+create_db_with_extension($node, 'app');
+
+# More than a worker keeps in its list, created at once
+my $jobs = 3000;
+my $create = q{
+	SELECT count(payout_create_job('%s' || n, ARRAY['u1', 'u2', 'u3'], ARRAY[1::bigint, 2, 3], currency => '%s'))
+	FROM generate_series(1, %d) n};
+$node->safe_psql('app', sprintf($create, 'job', 'USD', $jobs));
+my $start = time();
+ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status = 'completed'}, $jobs),
+	'all are completed');
+my $took = time() - $start;
+note("$jobs jobs in $took s");
+cmp_ok($took, '<', $jobs / 500, 'in a time that does not grow with their square');
+paid_once_ok($node, 'app', 3, 'many jobs', times => $jobs);
+
+# As many that wait for accounts which do not exist
+$node->safe_psql('app', q{
+	CREATE ROLE app;
+	CREATE TABLE users (user_id text PRIMARY KEY, balance bigint NOT NULL DEFAULT 0);
+	ALTER TABLE users OWNER TO app;
+	SELECT payout_bind_accounts('users', 'user_id', 'balance', 'COIN')});
+$node->safe_psql('app', sprintf($create, 'waits', 'COIN', $jobs));
+ok( wait_for($node, 'app', q{
+		SELECT count(*) FROM payout_batches WHERE status = 'retryable'}, $jobs),
+	'all were tried, and wait');
+foreach my $priority (0, -1)
+{
+	$start = time();
+	my $new = create_job($node, 'app', "new $priority", 10, prefix => "new$priority-",
+		args => "priority => $priority");
+	ok(wait_for_job($node, 'app', $new), "a new job of priority $priority is paid");
+	cmp_ok(time() - $start, '<', 3, 'at once');
+}
+
+# Mended, and triggered all at once
+$node->safe_psql('app', q{
+	INSERT INTO users VALUES ('u1'), ('u2'), ('u3');
+	SELECT count(payout_trigger_job(job_id)) FROM payout_jobs WHERE status = 'running'});
+ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status <> 'completed'}, 0),
+	'all are completed when the cause is mended');
+paid_once_ok($node, 'app', 3, 'waiting jobs', times => $jobs, accounts => 'users');
+is(worker_errors($node, 0), '', 'no complaint of a worker');
+
+$node->stop;
+done_testing();
