@@ -2,7 +2,7 @@
 
 CREATE TABLE bench.ready AS
 SELECT array_agg(user_id) AS user_ids, array_agg(amount) AS amounts
-  FROM bench.winners(10000, 10000, 5);
+  FROM bench.winners(10000, 100000, 5);
 
 -- Milliseconds since COMMIT was sent, and since it had returned, which is when
 -- this is called.  It looks once a millisecond, each time with a snapshot of its

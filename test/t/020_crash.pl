@@ -25,14 +25,14 @@ create_db_with_extension($node, 'app');
 create_job($node, 'app', 'half', $entries / 2);
 wait_for_job($node, 'app', "'half'");
 slow_down($node, 'app');
-my $job = create_job($node, 'app', 'crashes', $entries, args => 'batch_size => 20');
+my $job = create_job($node, 'app', 'crashes', $entries, args => 'batch_size => 10');
 
 my @how = ('worker', 'worker', 'all', 'worker', 'worker', 'postmaster', 'worker');
-my $unpaid = 0;
+my $unpaid = $entries;
 foreach my $n (1 .. $kills)
 {
-	# Somewhere within the next part of the job.
-	my $at = int($entries * 0.8 * ($n - rand()) / $kills);
+	# Somewhere within the next part of what is left.
+	my $at = $entries - $unpaid + int(rand($unpaid / ($kills - $n + 5)));
 	wait_for($node, 'app', "SELECT completed_count >= $at FROM payout_job_status($job)")
 	  or last;
 
@@ -46,6 +46,7 @@ foreach my $n (1 .. $kills)
 }
 cmp_ok($unpaid, '>', 0, 'the last kill was before the end');
 
+$node->safe_psql('app', 'DROP FUNCTION slow CASCADE');
 ok(wait_for_job($node, 'app', $job), 'the job is completed after all');
 is($node->safe_psql('app', qq{
 		SELECT completed_count, failed_count, amount_paid

@@ -35,6 +35,7 @@ foreach my $end ('pg_cancel_backend', 'pg_terminate_backend')
 	my $job = create_job($node, 'app', "job $n", 10, prefix => "p$n-");
 	ok(wait_for_job($node, 'app', $job, 'completed', 20),
 		"after $end the job is paid");
+	paid_once_ok($node, 'app', 10, "after $end", prefix => "p$n-");
 }
 
 $other->quit;

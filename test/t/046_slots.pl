@@ -40,6 +40,7 @@ foreach my $db (@dbs)
 foreach my $db (@dbs)
 {
 	ok(wait_for_job($node, $db, 1, 'completed', 30), "the job in $db is paid");
+	paid_once_ok($node, $db, 100, $db);
 }
 
 $node->stop;
