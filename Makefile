@@ -35,6 +35,7 @@ OBJS = \
 	src/entry.o \
 	src/expand.o \
 	src/split.o \
+	src/errand.o \
 	src/wait.o
 
 PG_CPPFLAGS = -DPAYOUTQ_VERSION='"$(EXTVERSION)"'

@@ -24,7 +24,7 @@ CREATE TABLE payoutq.job (
     amount         bigint,              -- sum of the entries
     total_winners  integer,             -- number of entries
     batches        integer NOT NULL DEFAULT 0,  -- highest batch_no given out
-    query          text,                -- yields the entries, until expanded_at
+    query          text,                -- yields the entries; null: given, or the stakes of a challenge do
     settings       text[],              -- of whoever gave the query: name, value, ...
     created_by     name NOT NULL,
     priority       integer NOT NULL DEFAULT 0,
@@ -43,7 +43,7 @@ CREATE TABLE payoutq.job (
 CREATE INDEX job_active ON payoutq.job (priority DESC, id) WHERE status IN ('queued', 'running');
 CREATE INDEX job_run_at ON payoutq.job (run_at) WHERE status IN ('queued', 'running');
 COMMENT ON TABLE payoutq.job IS
-'one row a job; total_pool, amount and total_winners are null until the query of a payout_create_job_from() has been expanded';
+'one row a job; amount and total_winners are null until a worker has expanded the query or the challenge into entries, and so may be total_pool';
 
 -- A line of the ledger, written once. It is posted when its batch completes,
 -- so its status is the status of its batch. Numbered by user_id, so that all
@@ -123,21 +123,25 @@ COMMENT ON TABLE payoutq.binding IS
 -- Every movement of money that is not an entry: two ledger lines in a row.
 CREATE TABLE payoutq.movement (
     id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'funding', 'fee', 'release', 'reversal', 'unbinding')),
+    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'stake', 'funding', 'fee', 'release', 'reversal', 'unbinding')),
     debit_account  text COLLATE "C" NOT NULL,
     credit_account text COLLATE "C" NOT NULL,
     currency       text NOT NULL,
     amount         bigint NOT NULL CHECK (amount > 0),
     job_id         bigint,
     entry_seq      integer,
+    challenge_id   bigint,              -- of a stake, and its side
+    side           text CHECK (side IN ('YES', 'NO')),
     reference      text UNIQUE,
     reason         text,
     posted_at      timestamptz NOT NULL DEFAULT clock_timestamp(),  -- after the accounts were locked
-    CHECK (debit_account <> credit_account)
+    CHECK (debit_account <> credit_account),
+    CHECK ((kind = 'stake') = (challenge_id IS NOT NULL) AND (kind = 'stake') = (side IS NOT NULL))
 );
 CREATE INDEX movement_debit ON payoutq.movement (debit_account, currency);
 CREATE INDEX movement_credit ON payoutq.movement (credit_account, currency);
 CREATE INDEX movement_job ON payoutq.movement (job_id, kind) WHERE job_id IS NOT NULL;
+CREATE INDEX movement_stake ON payoutq.movement (challenge_id, side, debit_account) INCLUDE (amount) WHERE kind = 'stake';
 CREATE UNIQUE INDEX movement_fee ON payoutq.movement (job_id) WHERE kind = 'fee';
 COMMENT ON TABLE payoutq.movement IS
 'money moved from debit_account to credit_account; append-only, a correction is a new row';

@@ -10,6 +10,11 @@ LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'payoutq_origin_sql';
 COMMENT ON FUNCTION payoutq.origin() IS
 'names this installation: system identifier, database, extension; a job with another one came in with a restore';
 
+CREATE FUNCTION payoutq.setting(name text) RETURNS text
+LANGUAGE C STRICT STABLE AS 'MODULE_PATHNAME', 'payoutq_setting_sql';
+COMMENT ON FUNCTION payoutq.setting(text) IS
+'current_setting(), also where the library was not loaded before';
+
 CREATE FUNCTION payoutq.wake() RETURNS void
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_wake_sql';
 COMMENT ON FUNCTION payoutq.wake() IS
@@ -117,4 +122,27 @@ BEGIN
     RAISE EXCEPTION 'job % cannot be %', job.id, verb
         USING ERRCODE = 'object_not_in_prerequisite_state',
               DETAIL = format('It is %s.', job.status);
+END $$;
+
+CREATE FUNCTION payoutq.require_user_id(user_id text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF user_id IS NULL OR user_id = '' OR user_id LIKE '@%' THEN
+        RAISE EXCEPTION 'invalid user id "%"', coalesce(user_id, 'null')
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It must not be empty, nor begin with "@".';
+    END IF;
+    IF octet_length(user_id) > 1000 THEN
+        RAISE EXCEPTION 'user id is too long'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It has %s bytes; the limit is 1000.', octet_length(user_id));
+    END IF;
+END $$;
+
+-- What is counted by whoever holds a lock must be what is committed now.
+CREATE FUNCTION payoutq.require_read_committed(what text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION '% at isolation level READ COMMITTED', what
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
 END $$;

@@ -39,6 +39,12 @@ BEGIN
     IF target.status IN ('completed', 'cancelled') THEN
         PERFORM payoutq.refuse_state(target, 'cancelled');
     END IF;
+    IF EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = target.id) THEN
+        RAISE EXCEPTION 'job % cannot be cancelled', target.id
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = format('It pays what was decided of challenge %s.', target.challenge_id),
+                  HINT = 'Use payout_pause_job() to stop it.';
+    END IF;
     rest := payoutq.latest_system_balance(escrow, target.currency);
     IF rest > 0 THEN
         PERFORM payoutq.change_balance(target.source_account, target.currency, rest);

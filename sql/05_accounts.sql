@@ -8,27 +8,23 @@ $$;
 COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
 'balance of a user or of a system account (@outside, @platform, @job:<id>), in minor units; 0 if there is no such account';
 
--- A deposit or a withdrawal, once a reference.
-CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text)
-RETURNS bigint
+-- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted before.
+CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text,
+                             challenge_id bigint DEFAULT NULL, side text DEFAULT NULL, OUT id bigint, OUT is_new boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     user_id text := CASE kind WHEN 'deposit' THEN credit ELSE debit END;
     posted payoutq.movement;
-    id bigint;
 BEGIN
-    IF user_id IS NULL OR user_id = '' OR user_id LIKE '@%' THEN
-        RAISE EXCEPTION 'invalid user id "%"', coalesce(user_id, 'null')
-            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It must not be empty, nor begin with "@".';
-    END IF;
-    IF reference IS NULL OR reference = '' OR currency IS NULL OR currency = '' OR amount IS NULL THEN
+    PERFORM payoutq.require_user_id(user_id);
+    IF reference = '' OR reference IS NULL AND kind <> 'stake' OR currency IS NULL OR currency = '' OR amount IS NULL THEN
         RAISE EXCEPTION 'amount, reference and currency must not be null or empty'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF octet_length(user_id) > 1000 OR octet_length(reference) > 1000 OR octet_length(currency) > 63 THEN
-        RAISE EXCEPTION 'user id, reference or currency is too long'
-            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'The limits are 1000, 1000 and 63 bytes.';
+    IF octet_length(reference) > 1000 OR octet_length(currency) > 63 THEN
+        RAISE EXCEPTION 'reference or currency is too long'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'The limits are 1000 and 63 bytes.';
     END IF;
     IF amount <= 0 THEN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
@@ -36,35 +32,36 @@ BEGIN
 
     -- The account first, so that the movement is posted after what it follows.
     PERFORM FROM payoutq.account a WHERE a.user_id = user_id AND a.currency = currency FOR UPDATE;
-    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference)
-    VALUES (kind, debit, credit, currency, amount, reference)
+    INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, reference, challenge_id, side)
+    VALUES (kind, debit, credit, currency, amount, reference, challenge_id, side)
     ON CONFLICT ON CONSTRAINT movement_reference_key DO NOTHING RETURNING m.id INTO id;
-    IF id IS NOT NULL THEN
+    is_new := id IS NOT NULL;
+    IF is_new THEN
         PERFORM payoutq.change_balance(user_id, currency, CASE kind WHEN 'deposit' THEN amount ELSE -amount END);
-        RETURN id;
+        RETURN;
     END IF;
 
     SELECT m.* INTO STRICT posted FROM payoutq.movement m WHERE m.reference = reference;
-    IF (posted.kind, posted.debit_account, posted.credit_account, posted.currency, posted.amount)
-       IS DISTINCT FROM (kind, debit, credit, currency, amount) THEN
+    IF (posted.kind, posted.debit_account, posted.credit_account, posted.currency, posted.amount, posted.side)
+       IS DISTINCT FROM (kind, debit, credit, currency, amount, side) THEN
         RAISE EXCEPTION 'reference "%" is taken by movement %', reference, posted.id
             USING ERRCODE = 'unique_violation',
                   DETAIL = format('That is a %s of %s %s from %s to %s.', posted.kind, posted.amount,
                                   posted.currency, posted.debit_account, posted.credit_account);
     END IF;
-    RETURN posted.id;
+    id := posted.id;
 END $$;
 
 CREATE FUNCTION @extschema@.payout_deposit(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT payoutq.post('deposit', '@outside', user_id, amount, reference, currency)
+    SELECT p.id FROM payoutq.post('deposit', '@outside', user_id, amount, reference, currency) p
 $$;
 COMMENT ON FUNCTION @extschema@.payout_deposit(text, bigint, text, text) IS
 'credits a user from outside, once a reference, and returns the movement''s id; errors: 22023, 23514, 23505, 22003';
 
 CREATE FUNCTION @extschema@.payout_withdraw(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT payoutq.post('withdrawal', user_id, '@outside', amount, reference, currency)
+    SELECT p.id FROM payoutq.post('withdrawal', user_id, '@outside', amount, reference, currency) p
 $$;
 COMMENT ON FUNCTION @extschema@.payout_withdraw(text, bigint, text, text) IS
 'takes from a user''s balance to the outside, once a reference, and returns the movement''s id; errors: 22023, 23514 (also: balance too low), 23505';
@@ -112,11 +109,11 @@ COMMENT ON FUNCTION @extschema@.payout_reverse_entry(bigint, text, bigint, text)
 
 CREATE FUNCTION @extschema@.payout_statement(user_id text, currency text DEFAULT 'USD')
 RETURNS TABLE (posted_at timestamptz, kind text, amount bigint, balance bigint, job_id bigint, entry integer,
-               reference text, reason text)
+               reference text, reason text, challenge_id bigint)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH line AS (
         SELECT b.processed_at AS posted_at, j.kind, e.amount, j.id AS job_id, e.seq AS entry, j.reference, NULL AS reason,
-               0::bigint AS movement
+               j.challenge_id, 0::bigint AS movement
           FROM payoutq.entry e
           JOIN payoutq.job j ON j.id = e.job_id AND j.currency = payout_statement.currency
          CROSS JOIN LATERAL (SELECT * FROM payoutq.batch
@@ -124,17 +121,17 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
                               ORDER BY batch.first_seq DESC LIMIT 1) b
          WHERE e.user_id = payout_statement.user_id AND b.status = 'completed'
         UNION ALL
-        SELECT m.posted_at, m.kind, m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.id
+        SELECT m.posted_at, m.kind, m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.challenge_id, m.id
           FROM payoutq.movement m
          WHERE m.credit_account = payout_statement.user_id AND m.currency = payout_statement.currency
         UNION ALL
-        SELECT m.posted_at, m.kind, -m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.id
+        SELECT m.posted_at, m.kind, -m.amount, m.job_id, m.entry_seq, m.reference, m.reason, m.challenge_id, m.id
           FROM payoutq.movement m
          WHERE m.debit_account = payout_statement.user_id AND m.currency = payout_statement.currency
     )
     SELECT l.posted_at, l.kind, l.amount,
            sum(l.amount) OVER (ORDER BY l.posted_at, l.movement, l.job_id, l.entry)::bigint,
-           l.job_id, l.entry, l.reference, l.reason
+           l.job_id, l.entry, l.reference, l.reason, l.challenge_id
       FROM line l ORDER BY l.posted_at, l.movement, l.job_id, l.entry
 $$;
 COMMENT ON FUNCTION @extschema@.payout_statement(text, text) IS
@@ -145,15 +142,11 @@ LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
 COMMENT ON FUNCTION @extschema@.payout_split(bigint, bigint[]) IS
 'divides the pool in proportion to the weights, to the last unit: shares rounded down, what is left to the largest remainders (Hamilton''s method); errors: 22023, 23514';
 
--- A binding hides other balances, so what it counts must be what is committed.
+-- A binding hides other balances; waits for the batches that are being paid.
 CREATE FUNCTION payoutq.lock_bindings() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'bindings can only be changed at isolation level READ COMMITTED'
-            USING ERRCODE = 'object_not_in_prerequisite_state';
-    END IF;
-    -- Waits for the batches that are being paid.
+    PERFORM payoutq.require_read_committed('bindings can only be changed');
     LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
 END $$;
 

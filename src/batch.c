@@ -45,6 +45,7 @@ static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
 static int	try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing,
 							 ErrorData **error);
+static void tell_winners(const Claim *claim);
 static void complete_batch(const Claim *claim);
 static void count_progress(const Claim *claim, int completed, int failed,
 						   int64 paid);
@@ -109,6 +110,8 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 		count = payoutq_credit_entries(claim, one_pass, missing);
 		if (count == 0)
 		{
+			if (claim->tells_winners)
+				tell_winners(claim);
 			complete_batch(claim);
 			ReleaseCurrentSubTransaction();
 		}
@@ -124,6 +127,19 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 	PG_END_TRY();
 
 	return count;
+}
+
+/* One statement for all of them. */
+static void
+tell_winners(const Claim *claim)
+{
+	static EngineStatement tell = {
+		"SELECT payoutq.tell_winners($1, $2, $3)", 3, {INT8OID, INT4OID, INT4OID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+		Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
+
+	(void) payoutq_execute(&tell, values, NULL, SPI_OK_SELECT);
 }
 
 static void

@@ -49,7 +49,8 @@ void
 payoutq_refresh_jobs(int64 only_job, bool woken)
 {
 	static EngineStatement list = {
-		"SELECT id, priority, status = 'queued', query IS NOT NULL AND total_winners IS NULL, currency"
+		"SELECT id, priority, status = 'queued', total_winners IS NULL, currency,"
+		"       kind = 'payout' AND EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = job.id)"
 		"  FROM payoutq.job"
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
 		"   AND origin = $5 AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
@@ -118,6 +119,7 @@ read_job(ActiveJob *job, int row)
 	job->queued = DatumGetBool(payoutq_result(row, 3, &isnull));
 	job->unexpanded = DatumGetBool(payoutq_result(row, 4, &isnull));
 	strlcpy(job->currency, payoutq_result_cstring(row, 5), NAMEDATALEN);
+	job->tells_winners = DatumGetBool(payoutq_result(row, 6, &isnull));
 	job->position_run_after = DT_NOBEGIN;
 	job->careful = CAREFUL_BATCHES;
 }
@@ -234,6 +236,7 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	claim->crashes = (int32) payoutq_result_int64(0, 6);
 	claim->run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
 	claim->currency = job->currency;
+	claim->tells_winners = job->tells_winners;
 
 	/* What is only in the way for a while does not use up attempts. */
 	code = payoutq_result_cstring(0, 8);

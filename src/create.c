@@ -22,6 +22,7 @@
 
 #define DEFAULT_CURRENCY	"USD"
 #define OUTSIDE				"@outside"
+#define CHALLENGE			"@challenge:"
 
 typedef struct JobSpec
 {
@@ -48,6 +49,7 @@ static void read_common_arguments(FunctionCallInfo fcinfo, int first, JobSpec *s
 static char *text_argument(FunctionCallInfo fcinfo, int n, const char *value);
 static void check_spec(JobSpec *spec);
 static void check_source_account(const char *account);
+static void refuse_stakes(int64 job_id, const char *source_account);
 static Datum create_job(JobSpec *spec);
 static int64 insert_job(const JobSpec *spec, bytea *hash);
 static int64 existing_job(const JobSpec *spec, bytea *hash);
@@ -180,7 +182,7 @@ check_source_account(const char *account)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("source_account must not be empty")));
 	if (account[0] == '@' && strcmp(account, OUTSIDE) != 0 &&
-		strcmp(account, "@platform") != 0 && strncmp(account, "@challenge:", 11) != 0)
+		strcmp(account, "@platform") != 0 && strncmp(account, CHALLENGE, strlen(CHALLENGE)) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("account \"%s\" cannot fund a job", account),
@@ -360,6 +362,26 @@ write_entries(const JobSpec *spec, int64 job_id)
 	}
 }
 
+/* The escrow of a challenge is kept for what is decided of it. */
+static void
+refuse_stakes(int64 job_id, const char *source_account)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.challenge"
+		" WHERE id = CASE WHEN $2 ~ '^@challenge:[0-9]{1,18}$' THEN substr($2, 12)::bigint END"
+		"   AND completed_at IS NULL AND job_id IS DISTINCT FROM $1",
+		2, {INT8OID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(source_account)};
+
+	if (strncmp(source_account, CHALLENGE, strlen(CHALLENGE)) == 0 &&
+		payoutq_execute(&find, values, NULL, SPI_OK_SELECT) > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_CHECK_VIOLATION),
+				 errmsg("account \"%s\" cannot fund a job", source_account),
+				 errdetail("It holds the stakes of a challenge that is not completed.")));
+}
+
 /* From the source account into the job's escrow. */
 void
 payoutq_fund_job(int64 job_id, const char *source_account, const char *currency, int64 amount)
@@ -372,6 +394,7 @@ payoutq_fund_job(int64 job_id, const char *source_account, const char *currency,
 	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(source_account),
 		CStringGetTextDatum(currency), Int64GetDatum(amount)};
 
+	refuse_stakes(job_id, source_account);
 	payoutq_change_balance(source_account, currency, -amount);
 	(void) payoutq_execute(&post, values, NULL, SPI_OK_INSERT);
 }

@@ -44,7 +44,6 @@
 #define LOCK_SPACE_ACCOUNT	0x7072
 
 static Oid	storage_owner(void);
-static void prepare(EngineStatement *statement);
 static void check_result(const EngineStatement *statement, int expected, int rc);
 static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
@@ -243,9 +242,8 @@ payoutq_execute(EngineStatement *statement, Datum *values, const char *nulls,
 {
 	MemoryContext caller = CurrentMemoryContext;
 
-	prepare(statement);
 	check_result(statement, expected,
-				 SPI_execute_plan(statement->plan, values, nulls, false, 0));
+				 SPI_execute_plan(payoutq_plan(statement), values, nulls, false, 0));
 	MemoryContextSwitchTo(caller);
 	return SPI_processed;
 }
@@ -256,21 +254,21 @@ payoutq_select_latest(EngineStatement *statement, Datum *values)
 {
 	MemoryContext caller = CurrentMemoryContext;
 
-	prepare(statement);
 	check_result(statement, SPI_OK_SELECT,
-				 SPI_execute_snapshot(statement->plan, values, NULL, GetLatestSnapshot(),
+				 SPI_execute_snapshot(payoutq_plan(statement), values, NULL, GetLatestSnapshot(),
 									  InvalidSnapshot, true, false, 0));
 	MemoryContextSwitchTo(caller);
 	return SPI_processed;
 }
 
-static void
-prepare(EngineStatement *statement)
+/* Made once a process, and kept. */
+SPIPlanPtr
+payoutq_plan(EngineStatement *statement)
 {
-	SPIPlanPtr	plan;
+	SPIPlanPtr	plan = statement->plan;
 
-	if (statement->plan)
-		return;
+	if (plan)
+		return plan;
 	plan = SPI_prepare_cursor(statement->sql, statement->nargs, statement->argtypes,
 							  CURSOR_OPT_GENERIC_PLAN);
 	if (plan == NULL)
@@ -278,6 +276,7 @@ prepare(EngineStatement *statement)
 			 SPI_result_code_string(SPI_result));
 	SPI_keepplan(plan);
 	statement->plan = plan;
+	return plan;
 }
 
 static void

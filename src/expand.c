@@ -1,6 +1,7 @@
 /*
  * expand.c
- *		Run the query of a payout_create_job_from() and write its entries.
+ *		Write the entries of a job that was created without: those that the query
+ *		of a payout_create_job_from() yields, or the shares of a challenge.
  *
  * The query is run by the worker, as the role that created the job and with the
  * search_path that role had, in a security-restricted operation; for a
@@ -37,7 +38,7 @@
 typedef struct Expansion
 {
 	int64		job_id;
-	char	   *query;
+	char	   *query;			/* NULL: the shares of a challenge */
 	Datum	   *settings;		/* name, value, ... */
 	int			setting_count;
 	char	   *created_by;
@@ -60,6 +61,7 @@ static char *wrap_query(const char *query);
 static bool load(Expansion *e);
 static ErrorData *expand(Expansion *e);
 static void read_answer(Expansion *e);
+static Portal open_shares(const Expansion *e);
 static void become_creator(const Expansion *e, EngineState *ours);
 static SPIPlanPtr prepare_query(const char *query);
 static void write_slice(Expansion *e, EntryWriter *writer, StringInfo previous);
@@ -181,7 +183,7 @@ payoutq_expand_job(int64 job_id, EngineState *state)
 	if (e.attempts > MAX_CRASHES)
 	{
 		payoutq_fail_job(job_id, ERRCODE_CRASH_SHUTDOWN,
-						 psprintf("the server or the worker was killed %d times while it ran the query",
+						 psprintf("the server or the worker was killed %d times while it wrote the entries",
 								  e.attempts - 1));
 		return false;
 	}
@@ -228,8 +230,9 @@ load(Expansion *e)
 	if (payoutq_execute(&begin, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
 		return false;
 	e->query = payoutq_result_cstring(0, 1);
-	deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
-					  TYPALIGN_INT, &e->settings, NULL, &e->setting_count);
+	if (e->query)
+		deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
+						  TYPALIGN_INT, &e->settings, NULL, &e->setting_count);
 	e->created_by = payoutq_result_cstring(0, 3);
 	e->currency = payoutq_result_cstring(0, 4);
 	e->source_account = payoutq_result_cstring(0, 5);
@@ -281,8 +284,13 @@ read_answer(Expansion *e)
 	initStringInfo(&previous);
 	writer = payoutq_entries_begin(e->job_id, e->batch_size);
 
-	become_creator(e, &ours);
-	portal = SPI_cursor_open(NULL, prepare_query(e->query), NULL, NULL, false);
+	if (e->query)
+	{
+		become_creator(e, &ours);
+		portal = SPI_cursor_open(NULL, prepare_query(e->query), NULL, NULL, false);
+	}
+	else
+		portal = open_shares(e);
 	for (;;)
 	{
 		SPI_cursor_fetch(portal, true, SLICE);
@@ -292,7 +300,8 @@ read_answer(Expansion *e)
 		SPI_freetuptable(SPI_tuptable);
 	}
 	SPI_cursor_close(portal);
-	payoutq_foreign_leave(&ours);
+	if (e->query)
+		payoutq_foreign_leave(&ours);
 
 	if (e->entries == 0)
 		ereport(ERROR,
@@ -300,6 +309,19 @@ read_answer(Expansion *e)
 				 errmsg("a job needs at least one winner"),
 				 errdetail("The query returned no row.")));
 	e->batches = payoutq_entries_end(writer, GetCurrentTimestamp());
+}
+
+/* No stake comes in any more, so that each try finds the same. */
+static Portal
+open_shares(const Expansion *e)
+{
+	static EngineStatement shares = {
+		"SELECT user_id, amount FROM payoutq.challenge_shares($1) ORDER BY user_id COLLATE \"C\"",
+		1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(e->job_id)};
+
+	return SPI_cursor_open(NULL, payoutq_plan(&shares), values, NULL, false);
 }
 
 /* His settings are pinned no more than his session's would be. */
@@ -382,7 +404,7 @@ require_running(const Expansion *e)
 	if (payoutq_select_latest(&find, values) == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-				 errmsg("job " INT64_FORMAT " was paused or cancelled while its query ran", e->job_id)));
+				 errmsg("job " INT64_FORMAT " was paused or cancelled while its entries were written", e->job_id)));
 }
 
 static void

@@ -28,6 +28,8 @@
 static TimestampTz adopt_after = 0;
 
 static void announce(int64 job_id, const char *event);
+static bool lock_challenge(int64 job_id);
+static void complete_challenge(int64 job_id);
 static void post_fee(int64 job_id, int64 fee, const char *currency);
 
 /*
@@ -63,7 +65,7 @@ payoutq_finish_job(int64 job_id)
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 	bool		isnull;
 
-	if (!payoutq_lock_job(job_id, ExclusiveLock, false))
+	if (!payoutq_lock_job(job_id, ExclusiveLock, false) || !lock_challenge(job_id))
 		return false;
 	if (payoutq_execute(&finish, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
 		return false;
@@ -71,8 +73,39 @@ payoutq_finish_job(int64 job_id)
 		elog(ERROR, "counters of job " INT64_FORMAT " do not add up to its entries", job_id);
 
 	post_fee(job_id, payoutq_result_int64(0, 1), payoutq_result_cstring(0, 2));
+	complete_challenge(job_id);
 	announce(job_id, "completed");
 	return true;
+}
+
+/* The challenge that the job pays, if any.  Nobody is waited for. */
+static bool
+lock_challenge(int64 job_id)
+{
+	static EngineStatement lock = {
+		"SELECT (SELECT count(*) FROM payoutq.challenge WHERE job_id = $1)"
+		"     = (SELECT count(*) FROM (SELECT FROM payoutq.challenge WHERE job_id = $1 FOR UPDATE SKIP LOCKED) l)",
+		1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id)};
+	bool		isnull;
+
+	(void) payoutq_execute(&lock, values, NULL, SPI_OK_SELECT);
+	return DatumGetBool(payoutq_result(0, 1, &isnull));
+}
+
+static void
+complete_challenge(int64 job_id)
+{
+	static EngineStatement complete = {
+		"UPDATE payoutq.challenge SET completed_at = $2,"
+		"       status = CASE status WHEN 'cancelled' THEN status ELSE 'completed' END"
+		" WHERE job_id = $1 AND completed_at IS NULL",
+		2, {INT8OID, TIMESTAMPTZOID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
+
+	(void) payoutq_execute(&complete, values, NULL, SPI_OK_UPDATE);
 }
 
 static void

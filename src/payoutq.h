@@ -60,6 +60,7 @@ extern void payoutq_turn_commit(EngineState *state);
 extern void payoutq_turn_end(EngineState *state);
 extern void payoutq_engine_settings_for_process(void);
 extern void payoutq_set_local(const char *name, const char *value);
+extern SPIPlanPtr payoutq_plan(EngineStatement *statement);
 extern uint64 payoutq_execute(EngineStatement *statement, Datum *values,
 							  const char *nulls, int expected);
 extern uint64 payoutq_select_latest(EngineStatement *statement, Datum *values);
@@ -174,6 +175,9 @@ typedef struct PayoutqWorkerExtra
 extern void payoutq_register_launcher(void);
 PGDLLEXPORT void payoutq_launcher_main(Datum arg);
 
+/* errand.c */
+PGDLLEXPORT void payoutq_errand_main(Datum arg);
+
 /* utility.c */
 extern void payoutq_install_utility_hook(void);
 
@@ -194,13 +198,14 @@ typedef struct Claim
 	int32		crashes;
 	TimestampTz run_after;
 	char	   *currency;
+	bool		tells_winners;
 } Claim;
 
 typedef enum JobWork
 {
 	WORK_NONE,					/* nothing to do now */
 	WORK_BATCH,					/* *claim is locked by this transaction */
-	WORK_EXPAND,				/* the job's query has not been run */
+	WORK_EXPAND,				/* the job's entries have not been written */
 	WORK_FINISH					/* no batch is pending */
 } JobWork;
 
@@ -209,7 +214,8 @@ typedef struct ActiveJob
 	int64		id;
 	int32		priority;
 	bool		queued;			/* nothing of it was begun */
-	bool		unexpanded;		/* its query was not run */
+	bool		unexpanded;		/* its entries are not written yet */
+	bool		tells_winners;	/* pays a challenge */
 	char		currency[NAMEDATALEN];
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;

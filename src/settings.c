@@ -6,6 +6,7 @@
 
 #include <limits.h>
 
+#include "utils/builtins.h"
 #include "utils/guc.h"
 
 #include "payoutq.h"
@@ -18,6 +19,8 @@ int			payoutq_max_attempts;
 int			payoutq_retry_base;
 int			payoutq_retry_cap;
 int			payoutq_lock_timeout;
+static int	payoutq_notification_window;
+static int	payoutq_retention;
 
 typedef struct IntSetting
 {
@@ -46,7 +49,13 @@ static const IntSetting settings[] = {
 	&payoutq_retry_cap, 900000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
 	{"payoutq.lock_timeout", "Sets the time that a batch waits for a lock on an account before it is tried again later.",
 	&payoutq_lock_timeout, 2000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+	{"payoutq.notification_window", "Sets the time within which nobody is told the same of the same challenge twice.",
+	&payoutq_notification_window, 1800, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
+	{"payoutq.retention", "Sets the time after which payout_maintain() removes notifications; 0 keeps them.",
+	&payoutq_retention, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
 };
+
+PG_FUNCTION_INFO_V1(payoutq_setting_sql);
 
 void
 payoutq_define_settings(void)
@@ -67,4 +76,13 @@ payoutq_define_settings(void)
 							   GUC_LIST_INPUT, NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("payoutq");
+}
+
+/* payoutq.setting(name): to be here, the library has been loaded */
+Datum
+payoutq_setting_sql(PG_FUNCTION_ARGS)
+{
+	char	   *name = text_to_cstring(PG_GETARG_TEXT_PP(0));
+
+	PG_RETURN_TEXT_P(cstring_to_text(GetConfigOptionByName(name, NULL, false)));
 }

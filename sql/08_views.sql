@@ -73,12 +73,12 @@ SELECT '@job:' || b.job_id, j.currency, -b.amount, j.kind, b.job_id, NULL,
  WHERE b.status = 'completed'
 UNION ALL
 SELECT line.account, m.currency, line.amount, m.kind, m.job_id, m.entry_seq,
-       j.challenge_id, NULL, coalesce(m.reference, j.reference), m.posted_at
+       coalesce(m.challenge_id, j.challenge_id), NULL, coalesce(m.reference, j.reference), m.posted_at
   FROM payoutq.movement m
   LEFT JOIN payoutq.job j ON j.id = m.job_id
  CROSS JOIN LATERAL (VALUES (m.debit_account, -m.amount), (m.credit_account, m.amount)) AS line (account, amount);
 COMMENT ON VIEW @extschema@.payout_ledger IS
-'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, funding, fee, release, reversal, unbinding';
+'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, stake, funding, fee, release, reversal, unbinding';
 
 -- Shared memory knows more than pg_stat_activity, but is there with preload only.
 CREATE FUNCTION payoutq.workers()

@@ -62,6 +62,10 @@ SELECT c.check_name,
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
       FROM payoutq.progress p
     UNION ALL
+    SELECT 'expired_challenges', count(*), 0, 'above',
+           'challenges that are due and were never active; payout_cancel_challenge() gives their stakes back'
+      FROM payoutq.challenge c WHERE c.status = 'pending' AND c.due_at <= now()
+    UNION ALL
     -- Speed matters while there is something to pay.
     SELECT 'entries_per_second',
            CASE WHEN EXISTS (SELECT FROM payoutq.job j WHERE j.status = 'running' AND j.started_at < now() - interval '1 minute')

@@ -6,12 +6,15 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.level FROM (VALUES
         ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
                          'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
-                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'workers', 'xmin_holders', 'restored_jobs']),
+                         'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
+                         'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules', 'schedules', 'workers', 'xmin_holders', 'restored_jobs']),
         ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
                            'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
-                           'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw']),
+                           'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw', 'payout_create_challenge',
+                           'payout_place_stake', 'payout_add_evidence', 'payout_run_deadlines', 'payout_run_notifications',
+                           'payout_resolve_challenge', 'payout_cancel_challenge', 'payout_mark_notification_read']),
         ('admin', ARRAY['payout_reverse_entry', 'payout_bind_accounts', 'payout_unbind_accounts', 'payout_start_worker',
-                        'payout_stop_workers', 'payout_grant', 'payout_revoke'])
+                        'payout_stop_workers', 'payout_grant', 'payout_revoke', 'payout_schedule', 'payout_unschedule', 'payout_maintain'])
     ) AS l (level, objects)
     WHERE object = ANY (l.objects)
 $$;
@@ -54,7 +57,7 @@ BEGIN
     PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_grant(regrole, text) IS
-'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs, deposit, withdraw), admin (also reverse, bind tables, workers, grant)';
+'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs and challenges, deposit, withdraw), admin (also reverse, bind tables, workers, schedules, grant)';
 
 CREATE FUNCTION @extschema@.payout_revoke(role_name regrole) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

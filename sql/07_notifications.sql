@@ -1,0 +1,122 @@
+-- Notifications: what people are told of a challenge, once each.
+
+CREATE TABLE payoutq.notification (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_id      text COLLATE "C" NOT NULL,
+    type         text NOT NULL,
+    title        text NOT NULL,
+    body         text NOT NULL,
+    urgency      text NOT NULL CHECK (urgency IN ('normal', 'high', 'critical')),
+    challenge_id bigint,
+    job_id       bigint,
+    data         jsonb,
+    created_at   timestamptz NOT NULL,
+    read_at      timestamptz,
+    pushed_at    timestamptz
+);
+CREATE INDEX notification_user ON payoutq.notification (user_id, id);
+COMMENT ON TABLE payoutq.notification IS
+'what people are told; kept for payoutq.retention';
+SELECT pg_catalog.pg_extension_config_dump('payoutq.notification', '');
+SELECT pg_catalog.pg_extension_config_dump('payoutq.notification_id_seq', '');
+
+-- The payload is the same for the whole transaction, so the server sends it once.
+CREATE FUNCTION payoutq.announce_notifications() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM inserted) THEN
+        PERFORM pg_notify('payoutq_notifications',
+                          json_build_object('event', 'created', 'transaction_at', transaction_timestamp())::text);
+    END IF;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION payoutq.announce_notifications() IS
+'notifies the channel payoutq_notifications, once a transaction: {"event": "created", "transaction_at"}';
+CREATE TRIGGER announce AFTER INSERT ON payoutq.notification REFERENCING NEW TABLE AS inserted
+    FOR EACH STATEMENT EXECUTE FUNCTION payoutq.announce_notifications();
+
+-- Tells creator, challenger and challenged of each challenge what is its type.
+-- The caller has locked the challenges.
+CREATE FUNCTION payoutq.tell_roles(challenges bigint[], types text[], at timestamptz) RETURNS integer
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+DECLARE
+    written integer;
+BEGIN
+    WITH told AS (
+        UPDATE payoutq.challenge c SET notified_type = t.type, notified_at = at
+          FROM unnest(challenges, types) AS t (id, type)
+         WHERE c.id = t.id
+           AND (c.notified_type IS DISTINCT FROM t.type
+                OR c.notified_at <= at - payoutq.setting('payoutq.notification_window')::interval)
+        RETURNING c.*, t.type
+    )
+    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, data, created_at)
+    SELECT DISTINCT role.user_id, told.type, message.title, format(message.body, told.title), message.urgency, told.id,
+           jsonb_build_object('due_at', told.due_at, 'status', told.status), at
+      FROM told
+      JOIN (VALUES ('challenge_ending_1_hour', 'Challenge ends within an hour', 'The challenge "%s" ends within an hour.', 'high'),
+                   ('challenge_ending_10_mins', 'Challenge ends within 10 minutes', 'The challenge "%s" ends within 10 minutes.', 'critical'),
+                   ('challenge_pending_review', 'Challenge awaits its result', 'The challenge "%s" has ended and awaits its result.', 'normal'))
+           AS message (type, title, body, urgency) ON message.type = told.type,
+           LATERAL (VALUES (told.creator_id), (told.challenger_id), (told.challenged_id)) AS role (user_id)
+     WHERE role.user_id IS NOT NULL
+     ORDER BY told.id, role.user_id;
+    GET DIAGNOSTICS written = ROW_COUNT;
+    RETURN written;
+END $$;
+
+-- Only active challenges near their due time are looked at; of one that it
+-- closes, payout_run_deadlines() tells. One that is locked is another run's;
+-- stakes do not stand in the way.
+CREATE FUNCTION @extschema@.payout_run_notifications(at timestamptz DEFAULT now()) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+DECLARE
+    challenges bigint[];
+    types text[];
+BEGIN
+    SELECT array_agg(near.id), array_agg(CASE WHEN near.due_at <= at THEN 'challenge_pending_review'
+                                              WHEN near.due_at <= at + interval '10 minutes' THEN 'challenge_ending_10_mins'
+                                              ELSE 'challenge_ending_1_hour' END)
+      INTO challenges, types
+      FROM (SELECT c.id, c.due_at FROM payoutq.challenge c
+             WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour'
+             ORDER BY c.due_at FOR NO KEY UPDATE SKIP LOCKED) near;
+    RETURN coalesce(payoutq.tell_roles(challenges, types, at), 0);
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_run_notifications(timestamptz) IS
+'tells creator, challenger and challenged that a challenge ends within an hour, within 10 minutes, or awaits its result, none of it twice within payoutq.notification_window, and returns how many notifications were written';
+
+-- In the transaction of the batch that pays them.
+CREATE FUNCTION payoutq.tell_winners(job_id bigint, first_seq integer, last_seq integer) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, job_id, data, created_at)
+    SELECT e.user_id, 'payout_received', 'Payout received',
+           format('The challenge "%s" has paid you %s %s.', c.title, e.amount, c.currency), 'normal', c.id, e.job_id,
+           jsonb_build_object('amount', e.amount, 'currency', c.currency), clock_timestamp()
+      FROM payoutq.challenge c
+      JOIN payoutq.entry e ON e.job_id = c.job_id AND e.seq BETWEEN tell_winners.first_seq AND tell_winners.last_seq
+     WHERE c.job_id = tell_winners.job_id
+     ORDER BY e.seq
+$$;
+
+CREATE FUNCTION @extschema@.payout_mark_notification_read(id bigint) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE payoutq.notification n SET read_at = coalesce(n.read_at, clock_timestamp())
+     WHERE n.id = payout_mark_notification_read.id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'notification % does not exist', coalesce(id::text, 'null') USING ERRCODE = 'undefined_object';
+    END IF;
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_mark_notification_read(bigint) IS
+'notes that the user has read it; error: 42704';
+
+CREATE VIEW @extschema@.payout_notifications AS
+WITH notification AS NOT MATERIALIZED (
+    SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at
+      FROM payoutq.notification)
+SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at FROM notification;
+COMMENT ON VIEW @extschema@.payout_notifications IS
+'what users were told: type (challenge_ending_1_hour, challenge_ending_10_mins, challenge_pending_review, payout_received), urgency (normal, high, critical); unread while read_at is null';
