@@ -83,7 +83,7 @@ BEGIN
       FROM (SELECT c.id, c.due_at FROM payoutq.challenge c
              WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour'
              ORDER BY c.due_at FOR NO KEY UPDATE SKIP LOCKED) near;
-    RETURN coalesce(payoutq.tell_roles(challenges, types, at), 0);
+    RETURN CASE WHEN challenges IS NULL THEN 0 ELSE payoutq.tell_roles(challenges, types, at) END;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_run_notifications(timestamptz) IS
 'tells creator, challenger and challenged that a challenge ends within an hour, within 10 minutes, or awaits its result, none of it twice within payoutq.notification_window, and returns how many notifications were written';

@@ -40,6 +40,7 @@ our @EXPORT = qw(
   worker_pid
   worker_errors
   kill9
+  crash
 );
 
 =pod
@@ -112,23 +113,25 @@ sub create_job
 		FROM generate_series(1, $n) i});
 }
 
-=item slow_down($node, $db)
+=item slow_down($node, $db, $work)
 
 Makes a batch take some milliseconds, by work that is done while its accounts
-are changed, so that a job lasts long enough to be disturbed.
+are changed, so that a job lasts long enough to be disturbed.  C<$work> is how
+many rows are counted (default: 20000).
 
 =cut
 
 sub slow_down
 {
-	my ($node, $db) = @_;
+	my ($node, $db, $work) = @_;
 
-	$node->safe_psql($db, q{
-		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+	$work //= 20000;
+	$node->safe_psql($db, qq{
+		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \$\$
 		BEGIN
-			PERFORM count(*) FROM pg_catalog.generate_series(1, 20000);
+			PERFORM count(*) FROM pg_catalog.generate_series(1, $work);
 			RETURN NULL;
-		END $$;
+		END \$\$;
 		CREATE TRIGGER slow AFTER INSERT OR UPDATE ON payoutq.account
 			FOR EACH STATEMENT EXECUTE FUNCTION slow()});
 	return;
@@ -323,6 +326,42 @@ sub kill9
 		usleep(5_000);
 	}
 	return;
+}
+
+=item crash($node, $db, $how, $query)
+
+Kills a worker of the database (C<worker>), the postmaster (C<postmaster>) or
+all processes of the server at once (C<all>).  Returns when the server answers
+again, with what the query said just before.
+
+=cut
+
+sub crash
+{
+	my ($node, $db, $how, $query) = @_;
+	my $session = $node->background_psql($db);
+	my @children = split /\n/,
+	  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
+	my $worker = worker_pid($node, $db);
+	my $before = $session->query_safe($query);
+
+	if ($how eq 'worker')
+	{
+		kill9($worker);
+	}
+	else
+	{
+		$node->kill9;
+		kill('KILL', @children) if $how eq 'all';
+
+		# What is left of the old server must go before a new one can start.
+		my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
+		usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
+		$node->start;
+	}
+	$session->quit;
+	wait_for($node, $db, 'SELECT true');
+	return $before;
 }
 
 =pod
