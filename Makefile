@@ -35,6 +35,8 @@ OBJS = \
 	src/entry.o \
 	src/expand.o \
 	src/split.o \
+	src/provider.o \
+	src/transfer.o \
 	src/errand.o \
 	src/wait.o
 

@@ -19,6 +19,7 @@ CREATE TABLE payoutq.job (
     challenge_id   bigint,
     currency       text NOT NULL,
     source_account text NOT NULL,
+    provider       text,                -- entries become transfers
     total_pool     bigint,
     platform_fee   bigint NOT NULL DEFAULT 0 CHECK (platform_fee >= 0),
     amount         bigint,              -- sum of the entries
@@ -89,11 +90,12 @@ COMMENT ON TABLE payoutq.batch IS
 -- versions while something holds back vacuum. The job's count is the sum.
 CREATE TABLE payoutq.progress (
     job_id    bigint NOT NULL,
-    part      integer NOT NULL,         -- batch_no / 1024
+    part      integer NOT NULL,         -- batch_no / 1024; -1 for transfers
     slot      integer NOT NULL,         -- of the process that counted
     completed bigint NOT NULL,
     failed    bigint NOT NULL,
-    paid      bigint NOT NULL,
+    paid      bigint NOT NULL,          -- out of the job's escrow
+    settled   bigint NOT NULL,          -- that is in the users' hands
     PRIMARY KEY (job_id, part, slot)
 ) WITH (fillfactor = 20);
 COMMENT ON TABLE payoutq.progress IS
@@ -123,13 +125,15 @@ COMMENT ON TABLE payoutq.binding IS
 -- Every movement of money that is not an entry: two ledger lines in a row.
 CREATE TABLE payoutq.movement (
     id             bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'stake', 'funding', 'fee', 'release', 'reversal', 'unbinding')),
+    kind           text NOT NULL CHECK (kind IN ('deposit', 'withdrawal', 'stake', 'funding', 'fee', 'hold', 'transfer',
+                                                     'release', 'reversal', 'unbinding')),
     debit_account  text COLLATE "C" NOT NULL,
     credit_account text COLLATE "C" NOT NULL,
     currency       text NOT NULL,
     amount         bigint NOT NULL CHECK (amount > 0),
     job_id         bigint,
     entry_seq      integer,
+    transfer_id    bigint,
     challenge_id   bigint,              -- of a stake, and its side
     side           text CHECK (side IN ('YES', 'NO')),
     reference      text UNIQUE,
@@ -142,6 +146,7 @@ CREATE INDEX movement_debit ON payoutq.movement (debit_account, currency);
 CREATE INDEX movement_credit ON payoutq.movement (credit_account, currency);
 CREATE INDEX movement_job ON payoutq.movement (job_id, kind) WHERE job_id IS NOT NULL;
 CREATE INDEX movement_stake ON payoutq.movement (challenge_id, side, debit_account) INCLUDE (amount) WHERE kind = 'stake';
+CREATE INDEX movement_transfer ON payoutq.movement (transfer_id) WHERE transfer_id IS NOT NULL;
 CREATE UNIQUE INDEX movement_fee ON payoutq.movement (job_id) WHERE kind = 'fee';
 COMMENT ON TABLE payoutq.movement IS
 'money moved from debit_account to credit_account; append-only, a correction is a new row';

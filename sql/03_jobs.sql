@@ -128,7 +128,7 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
        p.completed AS completed_count, p.failed AS failed_count,
        coalesce(j.total_winners, 0) - p.completed - p.failed AS pending_count,
        s.progress, round(s.progress * 100, 2) AS progress_percent,
-       j.total_pool, j.platform_fee, p.paid AS amount_paid,
+       j.total_pool, j.platform_fee, p.settled AS amount_paid,
        round(s.rate, 1) AS entries_per_second,
        CASE WHEN j.status = 'running' AND s.rate > 0
             THEN clock_timestamp() + make_interval(secs =>
@@ -137,7 +137,7 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
   FROM payoutq.job j
  CROSS JOIN LATERAL (SELECT coalesce(sum(completed), 0)::bigint AS completed,
                             coalesce(sum(failed), 0)::bigint AS failed,
-                            coalesce(sum(paid), 0)::bigint AS paid
+                            coalesce(sum(settled), 0)::bigint AS settled
                        FROM payoutq.progress WHERE progress.job_id = j.id) p
  CROSS JOIN LATERAL (SELECT CASE WHEN j.status = 'completed' THEN 1.0000
                                  WHEN j.total_winners > 0

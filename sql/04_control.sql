@@ -45,6 +45,7 @@ BEGIN
                   DETAIL = format('It pays what was decided of challenge %s.', target.challenge_id),
                   HINT = 'Use payout_pause_job() to stop it.';
     END IF;
+    PERFORM payoutq.cancel_transfers(target);
     rest := payoutq.latest_system_balance(escrow, target.currency);
     IF rest > 0 THEN
         PERFORM payoutq.change_balance(target.source_account, target.currency, rest);
@@ -72,8 +73,8 @@ BEGIN
     END IF;
 
     -- What had failed for good is taken out of the count again.
-    INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid)
-    SELECT target.id, b.batch_no / 1024, -1, 0, -sum(b.last_seq - b.first_seq + 1), 0
+    INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid, settled)
+    SELECT target.id, b.batch_no / 1024, -1, 0, -sum(b.last_seq - b.first_seq + 1), 0, 0
       FROM payoutq.batch b WHERE b.job_id = target.id AND b.status = 'failed'
      GROUP BY b.batch_no / 1024
     ON CONFLICT ON CONSTRAINT progress_pkey DO UPDATE SET failed = p.failed + excluded.failed;
@@ -85,6 +86,14 @@ BEGIN
          WHERE b.job_id = target.id AND (b.status = 'failed' OR b.status = 'pending' AND b.error_code IS NOT NULL)
         RETURNING b.last_seq - b.first_seq + 1 AS entries)
     SELECT coalesce(sum(entries), 0) INTO queued FROM again;
+
+    IF target.provider IS NOT NULL AND target.status IN ('running', 'completed') THEN
+        SELECT queued + count(@extschema@.payout_retry_transfer(t.id)) INTO queued
+          FROM (SELECT t.* FROM payoutq.transfer t
+                 WHERE t.job_id = target.id AND t.status IN ('failed_terminal', 'confirmation_failed') ORDER BY t.entry_seq) t
+          JOIN payoutq.destination d ON d.user_id = t.user_id AND d.provider = t.provider
+         WHERE payoutq.user_balance(t.user_id, t.currency) >= t.amount;
+    END IF;
 
     -- What was not tried before the job failed goes first now: it is due longer.
     IF target.status = 'failed' THEN
@@ -102,7 +111,7 @@ BEGIN
     RETURN queued;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_retry_job(bigint) IS
-'queues the failed entries of a job again, also of a finished one, and those that wait for another try; returns how many; errors: 42704, 55000';
+'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_trigger_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -45,6 +45,7 @@ static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
 static int	try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing,
 							 ErrorData **error);
+static int	hold_entries(const Claim *claim);
 static void tell_winners(const Claim *claim);
 static void complete_batch(const Claim *claim);
 static void count_progress(const Claim *claim, int completed, int failed,
@@ -107,7 +108,8 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 	MemoryContextSwitchTo(context);
 	PG_TRY();
 	{
-		count = payoutq_credit_entries(claim, one_pass, missing);
+		count = claim->provider ? hold_entries(claim) :
+			payoutq_credit_entries(claim, one_pass, missing);
 		if (count == 0)
 		{
 			if (claim->tells_winners)
@@ -127,6 +129,20 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 	PG_END_TRY();
 
 	return count;
+}
+
+/* They become transfers, for which the money is held. */
+static int
+hold_entries(const Claim *claim)
+{
+	static EngineStatement hold = {
+		"SELECT payoutq.hold_entries($1, $2, $3, $4)", 4, {INT8OID, INT4OID, INT4OID, TEXTOID}
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id), Int32GetDatum(claim->first_seq),
+		Int32GetDatum(claim->last_seq), CStringGetTextDatum(claim->provider)};
+
+	(void) payoutq_execute(&hold, values, NULL, SPI_OK_SELECT);
+	return 0;
 }
 
 /* One statement for all of them. */
@@ -158,7 +174,7 @@ complete_batch(const Claim *claim)
 	if (payoutq_execute(&complete, values, NULL, SPI_OK_UPDATE) != 1)
 		elog(ERROR, "batch %d of job " INT64_FORMAT " is not pending",
 			 claim->batch_no, claim->job_id);
-	count_progress(claim, entries_of(claim), 0, claim->amount);
+	count_progress(claim, claim->provider ? 0 : entries_of(claim), 0, claim->amount);
 }
 
 /* Last in the transaction, so that its row is not locked for long. */
@@ -166,17 +182,19 @@ static void
 count_progress(const Claim *claim, int completed, int failed, int64 paid)
 {
 	static EngineStatement count = {
-		"INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid)"
-		" VALUES ($1, $2, $3, $4, $5, $6)"
+		"INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid, settled)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7)"
 		" ON CONFLICT (job_id, part, slot) DO UPDATE"
 		"    SET completed = p.completed + excluded.completed,"
-		"        failed = p.failed + excluded.failed, paid = p.paid + excluded.paid",
-		6, {INT8OID, INT4OID, INT4OID, INT8OID, INT8OID, INT8OID}
+		"        failed = p.failed + excluded.failed, paid = p.paid + excluded.paid,"
+		"        settled = p.settled + excluded.settled",
+		7, {INT8OID, INT4OID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID}
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no / 1024),
 		Int32GetDatum(MyBackendNumber() % 64),
-		Int64GetDatum(completed), Int64GetDatum(failed), Int64GetDatum(paid)};
+		Int64GetDatum(completed), Int64GetDatum(failed), Int64GetDatum(paid),
+		Int64GetDatum(claim->provider ? 0 : paid)};
 
 	(void) payoutq_execute(&count, values, NULL, SPI_OK_INSERT);
 }

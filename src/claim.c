@@ -50,7 +50,8 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 {
 	static EngineStatement list = {
 		"SELECT id, priority, status = 'queued', total_winners IS NULL, currency,"
-		"       kind = 'payout' AND EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = job.id)"
+		"       kind = 'payout' AND EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = job.id),"
+		"       coalesce(provider, '')"
 		"  FROM payoutq.job"
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
 		"   AND origin = $5 AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
@@ -120,6 +121,7 @@ read_job(ActiveJob *job, int row)
 	job->unexpanded = DatumGetBool(payoutq_result(row, 4, &isnull));
 	strlcpy(job->currency, payoutq_result_cstring(row, 5), NAMEDATALEN);
 	job->tells_winners = DatumGetBool(payoutq_result(row, 6, &isnull));
+	strlcpy(job->provider, payoutq_result_cstring(row, 7), NAMEDATALEN);
 	job->position_run_after = DT_NOBEGIN;
 	job->careful = CAREFUL_BATCHES;
 }
@@ -236,6 +238,7 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	claim->crashes = (int32) payoutq_result_int64(0, 6);
 	claim->run_after = DatumGetTimestampTz(payoutq_result(0, 7, &isnull));
 	claim->currency = job->currency;
+	claim->provider = job->provider[0] ? job->provider : NULL;
 	claim->tells_winners = job->tells_winners;
 
 	/* What is only in the way for a while does not use up attempts. */
@@ -324,6 +327,8 @@ payoutq_next_due(TimestampTz now)
 	if (payoutq_execute(&future, values, NULL, SPI_OK_SELECT) == 1)
 		due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 
+	if (payoutq_callbacks_due() != 0 && (due == 0 || payoutq_callbacks_due() < due))
+		due = Max(payoutq_callbacks_due(), now);
 	if (now < payoutq_adopt_due() && (due == 0 || payoutq_adopt_due() < due))
 		due = payoutq_adopt_due();
 

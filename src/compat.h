@@ -9,6 +9,7 @@
 
 #include "catalog/pg_class.h"
 #include "catalog/pg_database.h"
+#include "catalog/pg_foreign_server.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "storage/proc.h"
@@ -89,6 +90,16 @@ payoutq_owns_table(Oid table)
 	return object_ownercheck(RelationRelationId, table, GetUserId());
 #else
 	return pg_class_ownercheck(table, GetUserId());
+#endif
+}
+
+static inline bool
+payoutq_may_use_server(Oid server)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_aclcheck(ForeignServerRelationId, server, GetUserId(), ACL_USAGE) == ACLCHECK_OK;
+#else
+	return pg_foreign_server_aclcheck(server, GetUserId(), ACL_USAGE) == ACLCHECK_OK;
 #endif
 }
 

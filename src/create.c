@@ -39,6 +39,7 @@ typedef struct JobSpec
 	int32		batch_size;
 	TimestampTz run_at;
 	char	   *source_account;
+	char	   *provider;
 	Datum		metadata;
 	bool		has_metadata;
 	const char *created_by;
@@ -128,11 +129,9 @@ read_common_arguments(FunctionCallInfo fcinfo, int first, JobSpec *spec)
 	spec->metadata = spec->has_metadata ? PG_GETARG_DATUM(first + 9) : (Datum) 0;
 	spec->created_by = GetUserNameFromId(GetUserId(), false);
 
-	if (!PG_ARGISNULL(first + 8))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("provider \"%s\" does not exist",
-						text_to_cstring(PG_GETARG_TEXT_PP(first + 8)))));
+	spec->provider = text_argument(fcinfo, first + 8, NULL);
+	if (spec->provider)
+		payoutq_check_provider(spec->provider);
 	check_spec(spec);
 }
 
@@ -240,18 +239,18 @@ insert_job(const JobSpec *spec, bytea *hash)
 	static EngineStatement insert = {
 		"INSERT INTO payoutq.job (reference, payload_hash, challenge_id, currency, source_account,"
 		"       total_pool, platform_fee, query, settings, created_by, priority, batch_size,"
-		"       run_at, metadata, origin, bound)"
-		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,"
+		"       run_at, metadata, origin, provider, bound)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,"
 		"         EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = $4))"
 		" ON CONFLICT (reference) DO NOTHING RETURNING id",
-		15, {TEXTOID, BYTEAOID, INT8OID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID,
-			TEXTARRAYOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID}
+		16, {TEXTOID, BYTEAOID, INT8OID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID,
+			TEXTARRAYOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID, TEXTOID}
 	};
 	NameData	created_by;
 	int64		pool = spec->has_pool ? spec->total_pool : spec->winners.total + spec->fee;
 	bool		pool_known = spec->has_pool || spec->query == NULL;
-	Datum		values[15];
-	char		nulls[16] = "               ";
+	Datum		values[16];
+	char		nulls[17] = "                ";
 
 	namestrcpy(&created_by, spec->created_by);
 	values[0] = CStringGetTextDatum(spec->reference);
@@ -269,10 +268,12 @@ insert_job(const JobSpec *spec, bytea *hash)
 	values[12] = TimestampTzGetDatum(spec->run_at);
 	values[13] = spec->metadata;
 	values[14] = CStringGetTextDatum(payoutq_origin());
+	values[15] = spec->provider ? CStringGetTextDatum(spec->provider) : (Datum) 0;
 	nulls[2] = spec->has_challenge ? ' ' : 'n';
 	nulls[5] = pool_known ? ' ' : 'n';
 	nulls[7] = nulls[8] = spec->query ? ' ' : 'n';
 	nulls[13] = spec->has_metadata ? ' ' : 'n';
+	nulls[15] = spec->provider ? ' ' : 'n';
 
 	if (payoutq_execute(&insert, values, nulls, SPI_OK_INSERT_RETURNING) == 0)
 		return 0;
@@ -312,11 +313,13 @@ hash_payload(const JobSpec *spec)
 {
 	pg_cryptohash_ctx *context = pg_cryptohash_create(PG_SHA256);
 	bytea	   *hash = palloc(VARHDRSZ + PG_SHA256_DIGEST_LENGTH);
-	char	   *head = psprintf("1|%d|" INT64_FORMAT "|" INT64_FORMAT "|%d|" INT64_FORMAT "|%zu|%s|%zu|%s|%s",
+	const char *provider = spec->provider ? spec->provider : "";
+	char	   *head = psprintf("1|%d|" INT64_FORMAT "|" INT64_FORMAT "|%d|" INT64_FORMAT "|%zu|%s|%zu|%s|%zu|%s|%s",
 								spec->has_pool, spec->total_pool, spec->fee,
 								spec->has_challenge, spec->challenge_id,
 								strlen(spec->currency), spec->currency,
-								strlen(spec->source_account), spec->source_account, spec->query ? spec->query : "");
+								strlen(spec->source_account), spec->source_account,
+								strlen(provider), provider, spec->query ? spec->query : "");
 	bool		ok = context != NULL && pg_cryptohash_init(context) == 0 &&
 		pg_cryptohash_update(context, (uint8 *) head, strlen(head) + 1) == 0;
 

@@ -175,6 +175,13 @@ typedef struct PayoutqWorkerExtra
 extern void payoutq_register_launcher(void);
 PGDLLEXPORT void payoutq_launcher_main(Datum arg);
 
+/* provider.c */
+extern void payoutq_check_provider(const char *provider);
+
+/* transfer.c */
+extern uint64 payoutq_call_callbacks_again(void);
+extern TimestampTz payoutq_callbacks_due(void);
+
 /* errand.c */
 PGDLLEXPORT void payoutq_errand_main(Datum arg);
 
@@ -198,6 +205,7 @@ typedef struct Claim
 	int32		crashes;
 	TimestampTz run_after;
 	char	   *currency;
+	char	   *provider;		/* NULL: entries are credited */
 	bool		tells_winners;
 } Claim;
 
@@ -217,6 +225,7 @@ typedef struct ActiveJob
 	bool		unexpanded;		/* its entries are not written yet */
 	bool		tells_winners;	/* pays a challenge */
 	char		currency[NAMEDATALEN];
+	char		provider[NAMEDATALEN];	/* or empty */
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */

@@ -141,6 +141,7 @@ refresh(int64 only_job, bool woken)
 	if (!begin_turn(&state))
 		return false;
 	payoutq_adopt_jobs();
+	(void) payoutq_call_callbacks_again();
 	payoutq_refresh_jobs(only_job, woken);
 	payoutq_turn_end(&state);
 	return true;
@@ -183,7 +184,9 @@ serve(ActiveJob *job, bool *tried)
 		case WORK_FINISH:
 			/* Give the job's Share lock back before its Exclusive one. */
 			payoutq_turn_commit(&state);
-			(void) payoutq_finish_job(job->id);
+			/* Whoever ends the last of its transfers wakes us. */
+			if (!payoutq_finish_job(job->id) && job->provider[0] != '\0')
+				payoutq_leave_alone(job, payoutq_interval * 1000);
 			break;
 		case WORK_NONE:
 			break;

@@ -21,6 +21,7 @@ int			payoutq_retry_cap;
 int			payoutq_lock_timeout;
 static int	payoutq_notification_window;
 static int	payoutq_retention;
+static int	payoutq_confirm_timeout;
 
 typedef struct IntSetting
 {
@@ -51,6 +52,8 @@ static const IntSetting settings[] = {
 	&payoutq_lock_timeout, 2000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
 	{"payoutq.notification_window", "Sets the time within which nobody is told the same of the same challenge twice.",
 	&payoutq_notification_window, 1800, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
+	{"payoutq.confirm_timeout", "Sets the time after which a transfer that does not move is stuck.",
+	&payoutq_confirm_timeout, 300, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
 	{"payoutq.retention", "Sets the time after which payout_maintain() removes notifications; 0 keeps them.",
 	&payoutq_retention, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
 };

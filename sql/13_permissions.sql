@@ -7,14 +7,18 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
                          'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
                          'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
-                         'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules', 'schedules', 'workers', 'xmin_holders', 'restored_jobs']),
+                         'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts',
+                         'payout_stuck_transfers', 'schedules', 'sending_is_armed', 'idempotency_key', 'workers', 'xmin_holders', 'restored_jobs']),
         ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
                            'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
                            'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw', 'payout_create_challenge',
                            'payout_place_stake', 'payout_add_evidence', 'payout_run_deadlines', 'payout_run_notifications',
-                           'payout_resolve_challenge', 'payout_cancel_challenge', 'payout_mark_notification_read']),
+                           'payout_resolve_challenge', 'payout_cancel_challenge', 'payout_mark_notification_read',
+                           'payout_set_destination', 'payout_claim_transfers', 'payout_transfer_sent', 'payout_transfer_completed',
+                           'payout_transfer_failed', 'payout_confirm_transfer', 'payout_retry_transfer']),
         ('admin', ARRAY['payout_reverse_entry', 'payout_bind_accounts', 'payout_unbind_accounts', 'payout_start_worker',
-                        'payout_stop_workers', 'payout_grant', 'payout_revoke', 'payout_schedule', 'payout_unschedule', 'payout_maintain'])
+                        'payout_stop_workers', 'payout_grant', 'payout_revoke', 'payout_schedule', 'payout_unschedule', 'payout_maintain',
+                        'payout_on_confirm', 'payout_arm_sending'])
     ) AS l (level, objects)
     WHERE object = ANY (l.objects)
 $$;

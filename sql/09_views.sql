@@ -2,7 +2,7 @@
 -- read them is decided by payout_grant().
 
 CREATE VIEW @extschema@.payout_jobs AS
-SELECT s.*, j.kind, j.currency, j.priority, j.batch_size, j.run_at, j.source_account, j.created_by, j.metadata
+SELECT s.*, j.kind, j.currency, j.priority, j.batch_size, j.run_at, j.source_account, j.provider, j.created_by, j.metadata
   FROM payoutq.status s
   JOIN payoutq.job j ON j.id = s.job_id;
 COMMENT ON VIEW @extschema@.payout_jobs IS
@@ -26,26 +26,38 @@ COMMENT ON VIEW @extschema@.payout_batches IS
 -- The batch of an entry is looked up by range: by job or by user, each is one
 -- probe of an index, whatever the statistics say.
 CREATE VIEW @extschema@.payout_entries AS
-SELECT e.job_id, e.seq AS entry, e.user_id, e.amount, b.status, b.attempts, b.error,
-       j.created_at, b.processed_at, b.error_code, b.batch_no
+SELECT e.job_id, e.seq AS entry, e.user_id, e.amount,
+       CASE WHEN t.id IS NULL OR t.status = 'completed' THEN b.status
+            WHEN t.status IN ('failed_terminal', 'confirmation_failed') THEN CASE j.status WHEN 'cancelled' THEN 'cancelled' ELSE 'failed' END
+            WHEN t.status = 'retryable' THEN 'retryable'
+            ELSE 'pending' END AS status,
+       coalesce(t.attempts, b.attempts) AS attempts, coalesce(t.error, b.error) AS error,
+       j.created_at, CASE WHEN t.id IS NULL THEN b.processed_at
+                          WHEN t.status IN ('completed', 'failed_terminal', 'confirmation_failed') THEN t.updated_at END AS processed_at,
+       b.error_code, b.batch_no, t.id AS transfer_id
   FROM payoutq.entry e
   JOIN payoutq.job j ON j.id = e.job_id
+  LEFT JOIN payoutq.transfer t ON t.job_id = e.job_id AND t.entry_seq = e.seq AND j.provider IS NOT NULL
  CROSS JOIN LATERAL (SELECT * FROM @extschema@.payout_batches
                       WHERE payout_batches.job_id = e.job_id AND payout_batches.first_entry <= e.seq
                       ORDER BY payout_batches.first_entry DESC LIMIT 1) b;
 COMMENT ON VIEW @extschema@.payout_entries IS
-'each person''s share of a job: status (pending, completed, retryable, failed, cancelled) and error are those of its batch; amount in minor units';
+'each person''s share of a job: status (pending, completed, retryable, failed, cancelled) and error are those of its batch, or of its transfer; amount in minor units';
 
 CREATE VIEW @extschema@.payout_failed_entries AS
 SELECT e.job_id, e.seq AS entry, e.user_id, e.amount, b.status, b.attempts, b.error,
-       j.created_at, b.processed_at, b.error_code, b.batch_no
+       j.created_at, b.processed_at, b.error_code, b.batch_no, NULL::bigint AS transfer_id
   FROM payoutq.batch failed
   JOIN @extschema@.payout_batches b ON b.job_id = failed.job_id AND b.batch_no = failed.batch_no
   JOIN payoutq.job j ON j.id = failed.job_id
  CROSS JOIN LATERAL (SELECT * FROM payoutq.entry
                       WHERE entry.job_id = failed.job_id AND entry.seq BETWEEN failed.first_seq AND failed.last_seq
                      OFFSET 0) e
- WHERE failed.error_code IS NOT NULL AND b.status IN ('failed', 'retryable');
+ WHERE failed.error_code IS NOT NULL AND b.status IN ('failed', 'retryable')
+UNION ALL
+SELECT t.job_id, t.entry_seq, t.user_id, t.amount, 'failed', t.attempts, t.error, t.created_at, t.updated_at, NULL, NULL, t.id
+  FROM payoutq.transfer t JOIN payoutq.job j ON j.id = t.job_id AND j.status <> 'cancelled'
+ WHERE t.status IN ('failed_terminal', 'confirmation_failed');
 COMMENT ON VIEW @extschema@.payout_failed_entries IS
 'entries that could not be paid: failed for good, or waiting for another try (retryable), with the error';
 
@@ -73,12 +85,12 @@ SELECT '@job:' || b.job_id, j.currency, -b.amount, j.kind, b.job_id, NULL,
  WHERE b.status = 'completed'
 UNION ALL
 SELECT line.account, m.currency, line.amount, m.kind, m.job_id, m.entry_seq,
-       coalesce(m.challenge_id, j.challenge_id), NULL, coalesce(m.reference, j.reference), m.posted_at
+       coalesce(m.challenge_id, j.challenge_id), m.transfer_id, coalesce(m.reference, j.reference), m.posted_at
   FROM payoutq.movement m
   LEFT JOIN payoutq.job j ON j.id = m.job_id
  CROSS JOIN LATERAL (VALUES (m.debit_account, -m.amount), (m.credit_account, m.amount)) AS line (account, amount);
 COMMENT ON VIEW @extschema@.payout_ledger IS
-'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, stake, funding, fee, release, reversal, unbinding';
+'all movements of money as signed lines in minor units, which sum to zero in each currency; kind: payout, refund, deposit, withdrawal, stake, funding, fee, hold, transfer, release, reversal, unbinding';
 
 -- Shared memory knows more than pg_stat_activity, but is there with preload only.
 CREATE FUNCTION payoutq.workers()

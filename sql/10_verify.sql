@@ -6,7 +6,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_hashjoin = on SET enable_mergejoin = on SET enable_seqscan = on
 SET enable_bitmapscan = on SET enable_material = on AS $$
 WITH counted AS MATERIALIZED (
-    SELECT p.job_id, sum(p.completed) AS completed, sum(p.failed) AS failed, sum(p.paid) AS paid
+    SELECT p.job_id, sum(p.completed) AS completed, sum(p.failed) AS failed, sum(p.paid) AS paid, sum(p.settled) AS settled
       FROM payoutq.progress p GROUP BY 1
 ), batched AS MATERIALIZED (
     SELECT b.job_id, min(b.first_seq) AS first_seq, max(b.last_seq) AS last_seq,
@@ -16,6 +16,11 @@ WITH counted AS MATERIALIZED (
            sum(b.amount) FILTER (WHERE b.status = 'completed') AS paid,
            max(b.batch_no) AS batch_no
       FROM payoutq.batch b GROUP BY 1
+), transferred AS MATERIALIZED (
+    SELECT t.job_id, count(*) AS transfers, count(*) FILTER (WHERE t.status = 'completed') AS completed,
+           count(*) FILTER (WHERE t.status IN ('failed_terminal', 'confirmation_failed')) AS failed,
+           sum(t.amount) FILTER (WHERE t.status = 'completed') AS settled
+      FROM payoutq.transfer t GROUP BY 1
 ), ranged AS (
     SELECT b.job_id, b.first_seq, lag(b.last_seq, 1, 0) OVER (PARTITION BY b.job_id ORDER BY b.first_seq) AS before
       FROM payoutq.batch b
@@ -87,11 +92,18 @@ WITH counted AS MATERIALIZED (
         OR e.last_seq IS DISTINCT FROM b.last_seq OR e.last_seq IS DISTINCT FROM e.entries
         OR b.batch_no > j.batches
     UNION ALL
-    SELECT 'job_counters', format('job %s: counted %s completed, %s failed, %s paid; batches say %s, %s, %s',
-                                  b.job_id, c.completed, c.failed, c.paid, b.completed, b.failed, b.paid)
-      FROM batched b FULL JOIN counted c ON c.job_id = b.job_id
-     WHERE (coalesce(c.completed, 0), coalesce(c.failed, 0), coalesce(c.paid, 0))
-        <> (coalesce(b.completed, 0), coalesce(b.failed, 0), coalesce(b.paid, 0))
+    SELECT 'job_counters', format('job %s: counted %s completed, %s failed, %s paid, %s settled; batches say %s, %s, %s, transfers %s, %s, %s',
+                                  b.job_id, c.completed, c.failed, c.paid, c.settled, b.completed, b.failed, b.paid,
+                                  t.completed, t.failed, t.settled)
+      FROM batched b
+      FULL JOIN counted c ON c.job_id = b.job_id
+      LEFT JOIN payoutq.job j ON j.id = b.job_id
+      LEFT JOIN transferred t ON t.job_id = b.job_id
+     WHERE (coalesce(c.completed, 0), coalesce(c.failed, 0), coalesce(c.paid, 0), coalesce(c.settled, 0))
+        <> (coalesce(CASE WHEN j.provider IS NULL THEN b.completed ELSE t.completed END, 0),
+            coalesce(b.failed, 0) + coalesce(t.failed, 0), coalesce(b.paid, 0),
+            coalesce(CASE WHEN j.provider IS NULL THEN b.paid ELSE t.settled END, 0))
+        OR j.provider IS NOT NULL AND coalesce(b.completed, 0) <> coalesce(t.transfers, 0)
     UNION ALL
     SELECT 'completed_jobs', format('job %s is %s with entries pending', j.id, j.status)
       FROM payoutq.job j LEFT JOIN counted c ON c.job_id = j.id
@@ -112,6 +124,20 @@ WITH counted AS MATERIALIZED (
     UNION ALL
     SELECT 'balances_not_negative', format('account %s %s: %s', m.account, m.currency, m.amount)
       FROM moved m WHERE m.account LIKE '@%' AND m.account NOT LIKE '@job:%' AND m.account <> '@outside' AND m.amount < 0
+    UNION ALL
+    SELECT 'transfer_holds', format('provider %s %s: %s in transit, transfers under way %s', coalesce(h.provider, substr(m.account, 10)),
+                                    coalesce(h.currency, m.currency), m.amount, h.amount)
+      FROM (SELECT t.provider, t.currency, sum(t.amount) AS amount FROM payoutq.transfer t
+             WHERE t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed') GROUP BY 1, 2) h
+      FULL JOIN (SELECT * FROM moved WHERE account LIKE '@transit:%') m
+        ON m.account = '@transit:' || h.provider AND m.currency = h.currency
+     WHERE coalesce(h.amount, 0) <> coalesce(m.amount, 0)
+    UNION ALL
+    SELECT 'transfer_attempts', format('transfer %s is %s with %s attempts, and %s were written', t.id, t.status, t.attempts, a.attempts)
+      FROM payoutq.transfer t
+      LEFT JOIN (SELECT a.transfer_id, count(*) AS attempts FROM payoutq.attempt a GROUP BY 1) a ON a.transfer_id = t.id
+     WHERE t.attempts <> coalesce(a.attempts, 0) OR t.status IN ('sent', 'completed') AND coalesce(a.attempts, 0) = 0
+        OR t.status NOT IN ('pending', 'failed_terminal') AND t.destination IS NULL
     UNION ALL
     SELECT 'challenge_stakes', format('challenge %s is %s: staked %s + %s, kept %s + %s, escrow %s', k.id, k.status,
                                       k.yes, k.no, k.yes_pool, k.no_pool, k.escrow)
@@ -135,6 +161,9 @@ WITH counted AS MATERIALIZED (
     SELECT 'sequences', format('ids go up to %s, the sequence of challenges stands at %s', max(c.id), max(s.last_value))
       FROM payoutq.challenge c, payoutq.challenge_id_seq s HAVING max(c.id) > max(s.last_value)
     UNION ALL
+    SELECT 'sequences', format('ids go up to %s, the sequence of transfers stands at %s', max(t.id), max(s.last_value))
+      FROM payoutq.transfer t, payoutq.transfer_id_seq s HAVING max(t.id) > max(s.last_value)
+    UNION ALL
     SELECT 'sequences', format('ids go up to %s, the sequence of jobs stands at %s', max(j.id), max(s.last_value))
       FROM payoutq.job j, payoutq.job_id_seq s HAVING max(j.id) > max(s.last_value)
     UNION ALL
@@ -143,7 +172,8 @@ WITH counted AS MATERIALIZED (
 )
 SELECT n.check_name, count(c.violation) = 0, count(c.violation), min(c.violation)
   FROM unnest(ARRAY['job_amounts', 'ledger_balanced', 'account_balances', 'batches_cover_entries', 'job_counters',
-                    'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'challenge_stakes',
+                    'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'transfer_holds',
+                    'transfer_attempts', 'challenge_stakes',
                     'challenge_states', 'sequences'])
        WITH ORDINALITY AS n (check_name, n)
   LEFT JOIN checks c USING (check_name)

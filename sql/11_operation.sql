@@ -62,13 +62,20 @@ SELECT c.check_name,
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
       FROM payoutq.progress p
     UNION ALL
+    SELECT 'stuck_transfers', count(*), 0, 'above', 'transfers that have not moved for payoutq.confirm_timeout; look at payout_stuck_transfers()'
+      FROM @extschema@.payout_stuck_transfers()
+    UNION ALL
+    SELECT 'sending_armed', payoutq.sending_is_armed()::integer, 1, 'below',
+           'transfers are sent from here; after a restore or a promotion payout_arm_sending() must be called'
+    UNION ALL
     SELECT 'expired_challenges', count(*), 0, 'above',
            'challenges that are due and were never active; payout_cancel_challenge() gives their stakes back'
       FROM payoutq.challenge c WHERE c.status = 'pending' AND c.due_at <= now()
     UNION ALL
     -- Speed matters while there is something to pay.
     SELECT 'entries_per_second',
-           CASE WHEN EXISTS (SELECT FROM payoutq.job j WHERE j.status = 'running' AND j.started_at < now() - interval '1 minute')
+           CASE WHEN EXISTS (SELECT FROM payoutq.job j WHERE j.status = 'running' AND j.provider IS NULL
+                                AND j.started_at < now() - interval '1 minute')
                 THEN round(coalesce((SELECT sum(b.last_seq - b.first_seq + 1) FROM payoutq.batch b
                                       WHERE b.processed_at > now() - interval '1 minute'), 0) / 60.0, 1)
                 ELSE 10 END, 10, 'below',

@@ -1,0 +1,232 @@
+/*
+ * transfer.c
+ *		The states of a transfer, and the application's callback.
+ *
+ *		pending --> processing --> sent --> completed
+ *		   ^           |            +-----> confirmation_failed
+ *		   |           +--> completed
+ *		retryable <----+   transient
+ *		               +--> unknown          no answer: the same key again
+ *		               +--> failed_terminal
+ *
+ * From failed_terminal and confirmation_failed an operator leads back to
+ * pending, under a new key.  Everything else in SQL changes states only through
+ * an UPDATE that this guards.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/regproc.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "payoutq.h"
+
+/* Callbacks that are called again in one transaction */
+#define CALLBACKS_AT_ONCE	20
+
+typedef struct Transition
+{
+	const char *from;
+	const char *to;
+} Transition;
+
+static const Transition transitions[] = {
+	{"pending", "processing"},
+	{"pending", "failed_terminal"}, /* the job was cancelled */
+	{"retryable", "processing"},
+	{"retryable", "failed_terminal"},
+	{"unknown", "processing"},
+	{"unknown", "sent"},		/* found at the provider */
+	{"unknown", "completed"},
+	{"unknown", "failed_terminal"},
+	{"processing", "sent"},
+	{"processing", "completed"},
+	{"processing", "retryable"},
+	{"processing", "unknown"},
+	{"processing", "failed_terminal"},
+	{"sent", "completed"},
+	{"sent", "confirmation_failed"},
+	{"failed_terminal", "pending"}, /* a new generation */
+	{"confirmation_failed", "pending"},
+};
+
+static Oid	callback_oid(const char *signature);
+static Oid	callback_owner(Oid callback);
+
+PG_FUNCTION_INFO_V1(payoutq_check_transition);
+PG_FUNCTION_INFO_V1(payout_on_confirm);
+PG_FUNCTION_INFO_V1(payoutq_call_confirm_callback);
+
+/* Trigger: BEFORE UPDATE of payoutq.transfer, when the status changes. */
+Datum
+payoutq_check_transition(PG_FUNCTION_ARGS)
+{
+	TriggerData *data = (TriggerData *) fcinfo->context;
+	TupleDesc	desc = data->tg_relation->rd_att;
+	int			column = SPI_fnumber(desc, "status");
+	char	   *from = SPI_getvalue(data->tg_trigtuple, desc, column);
+	char	   *to = SPI_getvalue(data->tg_newtuple, desc, column);
+
+	for (int i = 0; i < lengthof(transitions); i++)
+		if (strcmp(from, transitions[i].from) == 0 && strcmp(to, transitions[i].to) == 0)
+			return PointerGetDatum(data->tg_newtuple);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("a transfer cannot go from \"%s\" to \"%s\"", from, to)));
+}
+
+/* payout_on_confirm(provider, callback): with the rights of the caller */
+Datum
+payout_on_confirm(PG_FUNCTION_ARGS)
+{
+	static EngineStatement set = {
+		"INSERT INTO payoutq.confirm_callback VALUES ($1, $2, $3)"
+		" ON CONFLICT (provider) DO UPDATE SET callback = excluded.callback, settings = excluded.settings",
+		3, {TEXTOID, TEXTOID, TEXTARRAYOID}
+	};
+	static EngineStatement unset = {
+		"DELETE FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}
+	};
+	Datum		values[3];
+	EngineState state;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("provider must not be null")));
+	payoutq_check_provider(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+	values[0] = PG_GETARG_DATUM(0);
+	if (!PG_ARGISNULL(1))
+	{
+		Oid			callback = PG_GETARG_OID(1);
+		Oid		   *argtypes;
+		int			nargs;
+
+		(void) get_func_signature(callback, &argtypes, &nargs);
+		if (nargs != 1 || argtypes[0] != INT8OID || get_func_prokind(callback) != PROKIND_FUNCTION ||
+			isAnyTempNamespace(get_func_namespace(callback)))
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s cannot be a callback", format_procedure(callback)),
+					 errdetail("It must be a permanent function with one argument of type bigint.")));
+		if (!has_privs_of_role(GetUserId(), callback_owner(callback)))
+			ereport(ERROR,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("must be owner of function %s", format_procedure(callback))));
+		values[1] = CStringGetTextDatum(format_procedure_qualified(callback));
+		values[2] = payoutq_query_settings();
+	}
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	if (PG_ARGISNULL(1))
+		(void) payoutq_execute(&unset, values, NULL, SPI_OK_DELETE);
+	else
+		(void) payoutq_execute(&set, values, NULL, SPI_OK_INSERT);
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PG_RETURN_VOID();
+}
+
+/* As the owner of the function, in a security-restricted operation. */
+Datum
+payoutq_call_confirm_callback(PG_FUNCTION_ARGS)
+{
+	static EngineStatement find = {
+		"SELECT callback, settings FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}
+	};
+	Datum		values[] = {PG_GETARG_DATUM(1)};
+	Datum		transfer[] = {PG_GETARG_DATUM(0)};
+	Oid			argtypes[] = {INT8OID};
+	EngineState ours;
+	EngineState theirs;
+
+	SPI_connect();
+	payoutq_engine_enter(&ours);
+	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 1)
+	{
+		Oid			callback = callback_oid(payoutq_result_cstring(0, 1));
+		char	   *call = psprintf("SELECT %s($1)",
+									quote_qualified_identifier(get_namespace_name(get_func_namespace(callback)),
+															   get_func_name(callback)));
+		Datum	   *settings;
+		int			count;
+		bool		isnull;
+
+		deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
+						  TYPALIGN_INT, &settings, NULL, &count);
+		payoutq_foreign_enter(&theirs, callback_owner(callback));
+		for (int i = 0; i + 1 < count; i += 2)
+			payoutq_set_local(TextDatumGetCString(settings[i]), TextDatumGetCString(settings[i + 1]));
+		if (SPI_execute_with_args(call, 1, argtypes, transfer, NULL, false, 0) < 0)
+			elog(ERROR, "could not call \"%s\"", call);
+		payoutq_foreign_leave(&theirs);
+	}
+	payoutq_engine_leave(&ours);
+	SPI_finish();
+	PG_RETURN_VOID();
+}
+
+static Oid
+callback_oid(const char *signature)
+{
+	return DatumGetObjectId(DirectFunctionCall1(regprocedurein, CStringGetDatum(signature)));
+}
+
+static Oid
+callback_owner(Oid callback)
+{
+	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(callback));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_FUNCTION),
+				 errmsg("function with OID %u does not exist", callback)));
+	owner = ((Form_pg_proc) GETSTRUCT(tuple))->proowner;
+	ReleaseSysCache(tuple);
+	return owner;
+}
+
+/*
+ * Transfers that the provider has confirmed and whose callback has failed.
+ * Called by whoever looks for work.
+ */
+uint64
+payoutq_call_callbacks_again(void)
+{
+	static EngineStatement again = {
+		"SELECT payoutq.call_callbacks_again($1)", 1, {INT4OID}
+	};
+	Datum		values[] = {Int32GetDatum(CALLBACKS_AT_ONCE)};
+
+	(void) payoutq_execute(&again, values, NULL, SPI_OK_SELECT);
+	return (uint64) payoutq_result_int64(0, 1);
+}
+
+/* When the next of them is due; 0: there is none. */
+TimestampTz
+payoutq_callbacks_due(void)
+{
+	static EngineStatement next = {
+		"SELECT run_after FROM payoutq.transfer WHERE status = 'sent' AND confirmed_at IS NOT NULL"
+		" ORDER BY run_after LIMIT 1",
+		0, {0}
+	};
+	bool		isnull;
+
+	if (payoutq_execute(&next, NULL, NULL, SPI_OK_SELECT) == 0)
+		return 0;
+	return DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
+}
