@@ -35,6 +35,7 @@ OBJS = \
 	src/entry.o \
 	src/expand.o \
 	src/split.o \
+	src/challenge.o \
 	src/errand.o \
 	src/wait.o
 
