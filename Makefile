@@ -35,6 +35,7 @@ OBJS = \
 	src/entry.o \
 	src/expand.o \
 	src/split.o \
+	src/challenge.o \
 	src/provider.o \
 	src/transfer.o \
 	src/errand.o \

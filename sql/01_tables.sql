@@ -168,8 +168,9 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION '% of "%" is not allowed', lower(TG_OP), TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME
         USING ERRCODE = 'object_not_in_prerequisite_state',
-              DETAIL = 'The ledger is append-only.',
-              HINT = 'Correct an entry with payout_reverse_entry().';
+              DETAIL = CASE WHEN TG_TABLE_NAME IN ('entry', 'movement', 'batch') THEN 'The ledger is append-only.'
+                            ELSE 'The ledger refers to it.' END,
+              HINT = 'An entry is corrected with payout_reverse_entry().';
 END $$;
 
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON payoutq.entry

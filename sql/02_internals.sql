@@ -137,12 +137,11 @@ BEGIN
     END IF;
 END $$;
 
--- What is counted by whoever holds a lock must be what is committed now.
-CREATE FUNCTION payoutq.require_read_committed(what text) RETURNS void
+CREATE FUNCTION payoutq.require_time(at timestamptz) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION '% at isolation level READ COMMITTED', what
-            USING ERRCODE = 'object_not_in_prerequisite_state';
+    IF at IS NULL OR NOT isfinite(at) THEN
+        RAISE EXCEPTION 'at must be a finite time, not %', coalesce(at::text, 'null')
+            USING ERRCODE = 'invalid_parameter_value';
     END IF;
 END $$;

@@ -39,7 +39,7 @@ BEGIN
     IF target.status IN ('completed', 'cancelled') THEN
         PERFORM payoutq.refuse_state(target, 'cancelled');
     END IF;
-    IF EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = target.id) THEN
+    IF EXISTS (SELECT FROM payoutq.challenge c WHERE c.job_id = target.id AND c.completed_at IS NULL) THEN
         RAISE EXCEPTION 'job % cannot be cancelled', target.id
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   DETAIL = format('It pays what was decided of challenge %s.', target.challenge_id),

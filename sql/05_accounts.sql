@@ -6,7 +6,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
                 ELSE coalesce(payoutq.user_balance(user_id, currency), 0) END
 $$;
 COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
-'balance of a user or of a system account (@outside, @platform, @job:<id>), in minor units; 0 if there is no such account';
+'balance of a user or of a system account (@outside, @platform, @job:<id>, @challenge:<id>), in minor units; 0 if there is no such account';
 
 -- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted before.
 CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text,
@@ -142,12 +142,23 @@ LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
 COMMENT ON FUNCTION @extschema@.payout_split(bigint, bigint[]) IS
 'divides the pool in proportion to the weights, to the last unit: shares rounded down, what is left to the largest remainders (Hamilton''s method); errors: 22023, 23514';
 
--- A binding hides other balances; waits for the batches that are being paid.
-CREATE FUNCTION payoutq.lock_bindings() RETURNS void
+-- A binding hides other balances, so what it counts must be what is committed.
+CREATE FUNCTION payoutq.lock_bindings(currency text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM payoutq.require_read_committed('bindings can only be changed');
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'bindings can only be changed at isolation level READ COMMITTED'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    -- Waits for the batches that are being paid, and for stakes.
     LOCK TABLE payoutq.binding IN ACCESS EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM payoutq.challenge c
+                WHERE c.currency = lock_bindings.currency AND c.completed_at IS NULL
+                  AND EXISTS (SELECT FROM payoutq.movement m WHERE m.kind = 'stake' AND m.challenge_id = c.id)) THEN
+        RAISE EXCEPTION 'the accounts of currency "%" cannot be changed', currency
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'Stakes of challenges that are not completed came from them.';
+    END IF;
 END $$;
 
 CREATE FUNCTION @extschema@.payout_bind_accounts(table_name regclass, key_column name, balance_column name,
@@ -199,7 +210,7 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value',
                   DETAIL = 'A user must have one balance.', HINT = 'Create a unique index on it.';
     END IF;
-    PERFORM payoutq.lock_bindings();
+    PERFORM payoutq.lock_bindings(currency);
     IF EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = bind_accounts.currency) THEN
         RAISE EXCEPTION 'currency "%" is bound already', currency
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Use payout_unbind_accounts() first.';
@@ -222,7 +233,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     bound regclass;
 BEGIN
-    PERFORM payoutq.lock_bindings();
+    PERFORM payoutq.lock_bindings(currency);
     DELETE FROM payoutq.binding b WHERE b.currency = currency RETURNING b.table_name INTO bound;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'currency "%" is not bound', currency USING ERRCODE = 'undefined_object';

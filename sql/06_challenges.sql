@@ -2,8 +2,8 @@
 -- user's balance into the challenge's escrow, so nothing of it is kept twice:
 -- its status follows from that of the challenge.
 
--- pending -> active -> pending_admin -> completed, or cancelled. What is null
--- until the challenge is closed is frozen then: no stake comes in any more.
+-- pending -> active -> pending_admin -> completed, or cancelled. The pools are
+-- null until the challenge is closed, and frozen then: no stake comes in any more.
 CREATE TABLE payoutq.challenge (
     id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     title         text NOT NULL,
@@ -15,6 +15,7 @@ CREATE TABLE payoutq.challenge (
     currency      text NOT NULL,
     fee_bps       integer NOT NULL CHECK (fee_bps BETWEEN 0 AND 9999),  -- hundredths of a percent of the pool
     min_stakes    integer CHECK (min_stakes > 0),  -- to become active; null: one on each side
+    early_stakes  integer NOT NULL DEFAULT 0,  -- placed while it was pending
     due_at        timestamptz,
     status        text NOT NULL DEFAULT 'pending'
                   CHECK (status IN ('pending', 'active', 'pending_admin', 'completed', 'cancelled')),
@@ -29,16 +30,22 @@ CREATE TABLE payoutq.challenge (
     evidence      jsonb NOT NULL DEFAULT '[]',
     admin_notes   text,
     metadata      jsonb,
+    origin        text NOT NULL DEFAULT payoutq.origin(),
     created_at    timestamptz NOT NULL DEFAULT now(),
     activated_at  timestamptz,
     closed_at     timestamptz,
     resolved_at   timestamptz,
     completed_at  timestamptz,
-    -- Makes the status part of a key: to change it, one waits for those who
-    -- place a stake (FOR KEY SHARE), and nothing else makes them wait.
-    CONSTRAINT challenge_status UNIQUE (id, status)
+    -- Makes the status part of a key, so that a change of it conflicts with the
+    -- FOR KEY SHARE of those who place a stake. What they are told does not.
+    CONSTRAINT challenge_status UNIQUE (id, status),
+    CHECK ((closed_at IS NULL) = (status IN ('pending', 'active'))),
+    CHECK (num_nulls(closed_at, yes_pool, no_pool, yes_stakes, no_stakes) IN (0, 5)),
+    CHECK (status <> 'completed' OR num_nulls(result, job_id, completed_at) = 0),
+    CHECK ((result IS NULL) = (resolved_at IS NULL))
 );
 CREATE INDEX challenge_due ON payoutq.challenge (status, due_at) WHERE status IN ('pending', 'active', 'pending_admin');
+CREATE INDEX challenge_origin ON payoutq.challenge (origin) WHERE status IN ('pending', 'active', 'pending_admin');
 COMMENT ON TABLE payoutq.challenge IS
 'contests on which people stake; what is staked are movements of kind stake into the account @challenge:<id>';
 SELECT pg_catalog.pg_extension_config_dump('payoutq.challenge', '');
@@ -47,14 +54,10 @@ SELECT pg_catalog.pg_extension_config_dump('payoutq.challenge_id_seq', '');
 CREATE TRIGGER no_delete BEFORE DELETE OR TRUNCATE ON payoutq.challenge
     FOR EACH STATEMENT EXECUTE FUNCTION payoutq.refuse_change();
 
-CREATE VIEW payoutq.pools AS
-SELECT m.challenge_id,
-       coalesce(sum(m.amount) FILTER (WHERE m.side = 'YES'), 0)::bigint AS yes_pool,
-       coalesce(sum(m.amount) FILTER (WHERE m.side = 'NO'), 0)::bigint AS no_pool,
-       count(*) FILTER (WHERE m.side = 'YES') AS yes_stakes,
-       count(*) FILTER (WHERE m.side = 'NO') AS no_stakes
-  FROM payoutq.movement m WHERE m.kind = 'stake'
- GROUP BY m.challenge_id;
+-- {pool of YES, pool of NO, stakes on YES, stakes on NO}, of what is committed now at
+-- any isolation level; for whoever has closed the challenge to stakes.
+CREATE FUNCTION payoutq.latest_pools(challenge_id bigint) RETURNS bigint[]
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_latest_pools';
 
 CREATE FUNCTION payoutq.refuse_challenge(challenge payoutq.challenge, verb text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -85,6 +88,13 @@ BEGIN
     IF title IS NULL OR title = '' THEN
         RAISE EXCEPTION 'title must not be null or empty' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF octet_length(title) > 1000 THEN
+        RAISE EXCEPTION 'title is too long'
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It has %s bytes; the limit is 1000.', octet_length(title));
+    END IF;
+    IF NOT isfinite(due_at) THEN
+        RAISE EXCEPTION 'due_at must be a finite time, or null' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
     IF currency IS NULL OR currency = '' OR octet_length(currency) > 63 THEN
         RAISE EXCEPTION 'currency must have 1 to 63 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -106,10 +116,22 @@ BEGIN
     RETURN id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_create_challenge(text, timestamptz, text, text, text, text, text, integer, integer, text, jsonb) IS
-'creates a challenge and returns its id; it becomes active with a stake on each side, or with min_stakes stakes; fee_bps: hundredths of a percent of the pool; without due_at it never closes by itself; error: 22023';
+'creates a challenge and returns its id; it becomes active with a stake on each side, or with min_stakes stakes; fee_bps: hundredths of a percent of the pool; without due_at it is open until it is resolved; error: 22023';
 
--- Clocks: a challenge that was created when it was due already is closed by
--- payout_run_deadlines() alone.
+-- Sums that no pool may come near. Small stakes are not summed up for that.
+CREATE FUNCTION payoutq.refuse_overflow(challenge_id bigint, amount bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    IF amount > 1e12 AND amount + (SELECT coalesce(sum(m.amount), 0) FROM payoutq.movement m
+                                    WHERE m.kind = 'stake' AND m.challenge_id = challenge_id) > 4e18 THEN
+        RAISE EXCEPTION 'the pool of challenge % is out of range', challenge_id USING ERRCODE = 'numeric_value_out_of_range';
+    END IF;
+END $$;
+
+-- Refused by the clock are those who come late, before they lock anything: they
+-- must not keep the challenge open. One that was created when it was due
+-- already takes stakes until payout_run_deadlines() closes it.
 CREATE FUNCTION @extschema@.payout_place_stake(challenge_id bigint, user_id text, side text, amount bigint,
                                    reference text DEFAULT NULL, at timestamptz DEFAULT clock_timestamp()) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -122,28 +144,29 @@ BEGIN
         RAISE EXCEPTION 'invalid side "%"', coalesce(side, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Sides are YES and NO.';
     END IF;
-    IF at IS NULL THEN
-        RAISE EXCEPTION 'at must not be null' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
+    PERFORM payoutq.require_time(at);
     SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id;
     IF NOT FOUND THEN
         PERFORM payoutq.refuse_unknown_challenge(challenge_id);
     END IF;
 
-    -- While it is pending, stakes are counted one after the other.
-    IF target.status = 'pending' THEN
-        SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
-    ELSIF target.status = 'active' THEN
-        SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR KEY SHARE;
-    END IF;
+    -- Whoever asks again gets the same answer, also when it is closed.
+    IF NOT EXISTS (SELECT FROM payoutq.movement m WHERE m.reference = reference AND m.kind = 'stake') THEN
+        IF target.status IN ('pending', 'active') AND at >= target.due_at AND target.created_at < target.due_at THEN
+            RAISE EXCEPTION 'challenge % cannot be staked on', target.id
+                USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = format('It was due at %s.', target.due_at);
+        END IF;
 
-    IF EXISTS (SELECT FROM payoutq.movement m WHERE m.reference = reference AND m.kind = 'stake') THEN
-        NULL;  -- asked again, perhaps when it is closed
-    ELSIF target.status NOT IN ('pending', 'active') THEN
-        PERFORM payoutq.refuse_challenge(target, 'staked on');
-    ELSIF at >= target.due_at AND target.created_at < target.due_at THEN
-        RAISE EXCEPTION 'challenge % cannot be staked on', target.id
-            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = format('It was due at %s.', target.due_at);
+        -- While it is pending, stakes are counted one after the other.
+        IF target.status = 'pending' THEN
+            SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
+        ELSIF target.status = 'active' THEN
+            SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR KEY SHARE;
+        END IF;
+        IF target.status NOT IN ('pending', 'active') THEN
+            PERFORM payoutq.refuse_challenge(target, 'staked on');
+        END IF;
+        PERFORM payoutq.refuse_overflow(challenge_id, amount);
     END IF;
 
     stake := payoutq.post('stake', user_id, '@challenge:' || target.id, amount, reference, target.currency, target.id, side);
@@ -151,22 +174,21 @@ BEGIN
     -- Changed by each stake, so that at a higher isolation level those who did
     -- not see each other fail instead of both leaving it pending.
     IF target.status = 'pending' AND stake.is_new THEN
-        UPDATE payoutq.challenge c SET (status, activated_at) = (
+        UPDATE payoutq.challenge c
+           SET early_stakes = c.early_stakes + 1,
+               (status, activated_at) = (
                SELECT CASE WHEN enough THEN 'active' ELSE 'pending' END, CASE WHEN enough THEN at END
-                 FROM (SELECT CASE WHEN c.min_stakes IS NULL
-                      THEN EXISTS (SELECT FROM payoutq.movement m
-                                    WHERE m.kind = 'stake' AND m.challenge_id = c.id AND m.side = 'YES')
-                       AND EXISTS (SELECT FROM payoutq.movement m
-                                    WHERE m.kind = 'stake' AND m.challenge_id = c.id AND m.side = 'NO')
-                      ELSE (SELECT count(*) FROM (SELECT FROM payoutq.movement m
-                                                   WHERE m.kind = 'stake' AND m.challenge_id = c.id LIMIT c.min_stakes) s)
-                           >= c.min_stakes END) AS e (enough))
+                 FROM (SELECT CASE WHEN c.min_stakes IS NOT NULL THEN c.early_stakes + 1 >= c.min_stakes
+                                   ELSE EXISTS (SELECT FROM payoutq.movement m
+                                                 WHERE m.kind = 'stake' AND m.challenge_id = c.id AND m.side = 'YES')
+                                    AND EXISTS (SELECT FROM payoutq.movement m
+                                                 WHERE m.kind = 'stake' AND m.challenge_id = c.id AND m.side = 'NO') END) AS e (enough))
          WHERE c.id = target.id;
     END IF;
     RETURN stake.id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_place_stake(bigint, text, text, bigint, text, timestamptz) IS
-'moves the amount from the user''s balance into the challenge''s escrow, on the side YES or NO, and returns the stake''s id; with a reference, only once; errors: 22023, 42704, 55000, 23514 (also: balance too low), 23505';
+'moves the amount from the user''s balance into the challenge''s escrow, on the side YES or NO, and returns the stake''s id; with a reference, only once; errors: 22023, 42704, 55000, 23514 (also: balance too low), 23505, 22003';
 
 CREATE FUNCTION @extschema@.payout_add_evidence(challenge_id bigint, user_id text, evidence jsonb) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -191,31 +213,39 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_add_evidence(bigint, text, jsonb) IS
 'adds {"user_id", "evidence", "at"} to the evidence of a challenge that is not decided yet; errors: 22023, 42704, 55000';
 
--- Two statements: the second one's snapshot has all stakes, since those who
--- were about to place one have been waited for, or their challenge was skipped.
+-- Who is placing a stake is not waited for: an idle transaction must not hold up
+-- the others. His challenge is left to the next run, and so is one that
+-- payout_run_notifications() has locked. One that came in with a restore waits
+-- until its books are complete.
 CREATE FUNCTION @extschema@.payout_run_deadlines(at timestamptz DEFAULT now()) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     due bigint[];
 BEGIN
-    PERFORM payoutq.require_read_committed('deadlines can only be run');
+    PERFORM payoutq.require_time(at);
     SELECT array_agg(d.id) INTO due
-      FROM (SELECT c.id FROM payoutq.challenge c WHERE c.status = 'active' AND c.due_at <= at
+      FROM (SELECT c.id FROM payoutq.challenge c
+             WHERE c.status = 'active' AND c.due_at <= at AND c.origin = payoutq.origin()
              ORDER BY c.due_at FOR UPDATE SKIP LOCKED) d;
     IF due IS NULL THEN
         RETURN 0;
     END IF;
-    UPDATE payoutq.challenge c
-       SET status = 'pending_admin', closed_at = at,
-           (yes_pool, no_pool, yes_stakes, no_stakes) =
-           (SELECT p.yes_pool, p.no_pool, p.yes_stakes, p.no_stakes FROM payoutq.pools p WHERE p.challenge_id = c.id)
-     WHERE c.id = ANY (due);
+    PERFORM payoutq.close_challenges(due, 'pending_admin', at);
     PERFORM payoutq.tell_roles(due, array_fill('challenge_pending_review'::text, ARRAY[cardinality(due)]), at);
     RETURN cardinality(due);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_run_deadlines(timestamptz) IS
-'closes all active challenges that are due, once each, tells their roles, and returns how many; one on which a stake is being placed is closed by the next run; error: 55000 (isolation level)';
+'closes all active challenges that are due, once each, tells their roles, and returns how many; one on which a stake is being placed is closed by the next run; error: 22023';
+
+-- The caller holds their rows FOR UPDATE, so that no stake is on its way.
+CREATE FUNCTION payoutq.close_challenges(challenges bigint[], status text, at timestamptz) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+    UPDATE payoutq.challenge c
+       SET status = close_challenges.status, closed_at = at,
+           (yes_pool, no_pool, yes_stakes, no_stakes) = (SELECT p.a[1], p.a[2], p.a[3], p.a[4] FROM payoutq.latest_pools(c.id) AS p (a))
+     WHERE c.id = ANY (challenges) AND c.closed_at IS NULL
+$$;
 
 -- The job that pays the winners or gives the stakes back. It costs the same for
 -- ten stakes and for a million: a worker expands it, from challenge_shares().
@@ -267,7 +297,13 @@ BEGIN
     SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
     IF NOT FOUND THEN
         PERFORM payoutq.refuse_unknown_challenge(challenge_id);
-    ELSIF target.status <> 'pending_admin' OR target.result IS NOT NULL THEN
+    END IF;
+    IF target.status = 'active' AND target.due_at IS NULL THEN
+        -- Nobody else closes it. That takes as long as it takes to sum up the stakes.
+        PERFORM payoutq.close_challenges(ARRAY[target.id], 'pending_admin', clock_timestamp());
+        SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id;
+    END IF;
+    IF target.status <> 'pending_admin' OR target.result IS NOT NULL THEN
         PERFORM payoutq.refuse_challenge(target, 'resolved');
     END IF;
 
@@ -276,10 +312,10 @@ BEGIN
     winners := CASE result WHEN 'challenger_won' THEN target.yes_stakes WHEN 'challenged_won' THEN target.no_stakes END;
     IF winners > 0 THEN
         payout_job_id := payoutq.create_challenge_job(target, 'payout', fee);
-        message := format('%s %s are shared by %s winning stakes, after a fee of %s.', pool - fee, target.currency, winners, fee);
+        message := format('%s winning stakes share %s minor units of %s, after a fee of %s.', winners, pool - fee, target.currency, fee);
     ELSE
         refund_job_id := payoutq.create_challenge_job(target, 'refund', 0);
-        message := format('%s: all %s stakes, %s %s, go back.',
+        message := format('%s: all %s stakes go back, %s minor units of %s.',
                           CASE winners WHEN 0 THEN 'Nobody has staked on the winning side' ELSE 'Draw' END,
                           target.yes_stakes + target.no_stakes, pool, target.currency);
     END IF;
@@ -289,7 +325,7 @@ BEGIN
      WHERE c.id = target.id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_resolve_challenge(bigint, text, text) IS
-'decides a challenge that awaits it: challenger_won (YES), challenged_won (NO) or draw; one row that names the job that pays the winners or gives the stakes back; the challenge is completed when the job is; errors: 22023, 42704, 55000';
+'decides a challenge that awaits it, or that is active without due_at: challenger_won (YES), challenged_won (NO) or draw; one row that names the job that pays the winners or gives the stakes back; the challenge is completed when the job is; errors: 22023, 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_cancel_challenge(challenge_id bigint, reason text DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -298,7 +334,6 @@ DECLARE
     target payoutq.challenge;
     job_id bigint;
 BEGIN
-    PERFORM payoutq.require_read_committed('a challenge can only be cancelled');
     SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
     IF NOT FOUND THEN
         PERFORM payoutq.refuse_unknown_challenge(challenge_id);
@@ -306,11 +341,8 @@ BEGIN
         PERFORM payoutq.refuse_challenge(target, 'cancelled');
     END IF;
 
-    UPDATE payoutq.challenge c
-       SET status = 'cancelled', closed_at = coalesce(c.closed_at, clock_timestamp()), admin_notes = coalesce(reason, c.admin_notes),
-           (yes_pool, no_pool, yes_stakes, no_stakes) =
-           (SELECT coalesce(max(p.yes_pool), 0), coalesce(max(p.no_pool), 0), coalesce(max(p.yes_stakes), 0), coalesce(max(p.no_stakes), 0)
-              FROM payoutq.pools p WHERE p.challenge_id = c.id)
+    PERFORM payoutq.close_challenges(ARRAY[target.id], 'cancelled', clock_timestamp());
+    UPDATE payoutq.challenge c SET status = 'cancelled', admin_notes = coalesce(reason, c.admin_notes)
      WHERE c.id = target.id RETURNING c.* INTO target;
     IF target.yes_stakes + target.no_stakes > 0 THEN
         job_id := payoutq.create_challenge_job(target, 'refund', 0);
@@ -331,18 +363,22 @@ SELECT c.id, c.title, c.status, c.result, c.due_at, c.creator_id, c.challenger_i
        c.description, c.category, c.activated_at, c.closed_at, c.evidence, c.admin_notes, c.metadata
   FROM payoutq.challenge c
   LEFT JOIN payoutq.job j ON j.id = c.job_id
-  LEFT JOIN LATERAL (SELECT * FROM payoutq.pools
-                      WHERE pools.challenge_id = c.id AND c.closed_at IS NULL) open ON true
- CROSS JOIN LATERAL (SELECT coalesce(c.yes_pool, open.yes_pool, 0) AS yes_pool, coalesce(c.no_pool, open.no_pool, 0) AS no_pool,
-                            coalesce(c.yes_stakes, open.yes_stakes, 0) AS yes_stakes,
-                            coalesce(c.no_stakes, open.no_stakes, 0) AS no_stakes) p;
+ CROSS JOIN LATERAL (
+       SELECT coalesce(c.yes_pool, sum(m.amount) FILTER (WHERE m.side = 'YES'), 0)::bigint AS yes_pool,
+              coalesce(c.no_pool, sum(m.amount) FILTER (WHERE m.side = 'NO'), 0)::bigint AS no_pool,
+              coalesce(c.yes_stakes, count(*) FILTER (WHERE m.side = 'YES')) AS yes_stakes,
+              coalesce(c.no_stakes, count(*) FILTER (WHERE m.side = 'NO')) AS no_stakes
+         FROM payoutq.movement m
+        WHERE m.kind = 'stake' AND m.challenge_id = c.id AND c.closed_at IS NULL
+       OFFSET 0) p;  -- challenge by challenge, not all that was ever staked
 COMMENT ON VIEW @extschema@.payout_challenges IS
 'challenges: status (pending, active, pending_admin, completed, cancelled), result, what is staked on each side, in minor units, and the job that pays it; the pools of an open challenge are summed up, those of a closed one are kept';
 
 CREATE VIEW @extschema@.payout_challenges_awaiting AS
-SELECT c.id, c.title, c.category, c.due_at, now() - c.closed_at AS age, c.pool, c.yes_pool, c.no_pool, c.yes_stakes, c.no_stakes,
-       c.currency, c.fee_bps, c.creator_id, c.challenger_id, c.challenged_id, c.description, c.evidence, c.admin_notes, c.closed_at
-  FROM @extschema@.payout_challenges c
+SELECT c.id, c.title, c.category, c.due_at, now() - c.closed_at AS age, c.yes_pool + c.no_pool AS pool, c.yes_pool, c.no_pool,
+       c.yes_stakes, c.no_stakes, c.currency, c.fee_bps, c.creator_id, c.challenger_id, c.challenged_id, c.description, c.evidence,
+       c.admin_notes, c.closed_at
+  FROM payoutq.challenge c
  WHERE c.status = 'pending_admin' AND c.result IS NULL
  ORDER BY c.closed_at, c.id;
 COMMENT ON VIEW @extschema@.payout_challenges_awaiting IS

@@ -15,6 +15,7 @@ CREATE TABLE payoutq.notification (
     pushed_at    timestamptz
 );
 CREATE INDEX notification_user ON payoutq.notification (user_id, id);
+CREATE INDEX notification_created ON payoutq.notification USING brin (created_at);
 COMMENT ON TABLE payoutq.notification IS
 'what people are told; kept for payoutq.retention';
 SELECT pg_catalog.pg_extension_config_dump('payoutq.notification', '');
@@ -35,6 +36,16 @@ COMMENT ON FUNCTION payoutq.announce_notifications() IS
 CREATE TRIGGER announce AFTER INSERT ON payoutq.notification REFERENCING NEW TABLE AS inserted
     FOR EACH STATEMENT EXECUTE FUNCTION payoutq.announce_notifications();
 
+-- Nobody is told the same twice within the window, nor what another run has
+-- overtaken.
+CREATE FUNCTION payoutq.may_be_told(challenge payoutq.challenge, type text, at timestamptz) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT challenge.notified_at IS NULL
+        OR challenge.notified_at <= at
+           AND (challenge.notified_type <> type
+                OR challenge.notified_at <= at - payoutq.setting('payoutq.notification_window')::interval)
+$$;
+
 -- Tells creator, challenger and challenged of each challenge what is its type.
 -- The caller has locked the challenges.
 CREATE FUNCTION payoutq.tell_roles(challenges bigint[], types text[], at timestamptz) RETURNS integer
@@ -47,8 +58,7 @@ BEGIN
         UPDATE payoutq.challenge c SET notified_type = t.type, notified_at = at
           FROM unnest(challenges, types) AS t (id, type)
          WHERE c.id = t.id
-           AND (c.notified_type IS DISTINCT FROM t.type
-                OR c.notified_at <= at - payoutq.setting('payoutq.notification_window')::interval)
+           AND payoutq.may_be_told(c, t.type, at)
         RETURNING c.*, t.type
     )
     INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, data, created_at)
@@ -76,24 +86,27 @@ DECLARE
     challenges bigint[];
     types text[];
 BEGIN
-    SELECT array_agg(near.id), array_agg(CASE WHEN near.due_at <= at THEN 'challenge_pending_review'
-                                              WHEN near.due_at <= at + interval '10 minutes' THEN 'challenge_ending_10_mins'
-                                              ELSE 'challenge_ending_1_hour' END)
-      INTO challenges, types
-      FROM (SELECT c.id, c.due_at FROM payoutq.challenge c
-             WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour'
-             ORDER BY c.due_at FOR NO KEY UPDATE SKIP LOCKED) near;
+    PERFORM payoutq.require_time(at);
+    SELECT array_agg(near.id), array_agg(near.type) INTO challenges, types
+      FROM (SELECT c.id, t.type
+              FROM payoutq.challenge c,
+                   LATERAL (SELECT CASE WHEN c.due_at <= at THEN 'challenge_pending_review'
+                                        WHEN c.due_at <= at + interval '10 minutes' THEN 'challenge_ending_10_mins'
+                                        ELSE 'challenge_ending_1_hour' END) AS t (type)
+             WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour' AND c.origin = payoutq.origin()
+               AND payoutq.may_be_told(c, t.type, at)
+             ORDER BY c.due_at FOR NO KEY UPDATE OF c SKIP LOCKED) near;
     RETURN CASE WHEN challenges IS NULL THEN 0 ELSE payoutq.tell_roles(challenges, types, at) END;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_run_notifications(timestamptz) IS
-'tells creator, challenger and challenged that a challenge ends within an hour, within 10 minutes, or awaits its result, none of it twice within payoutq.notification_window, and returns how many notifications were written';
+'tells creator, challenger and challenged that a challenge ends within an hour, within 10 minutes, or awaits its result, none of it twice within payoutq.notification_window, and returns how many notifications were written; error: 22023';
 
 -- In the transaction of the batch that pays them.
 CREATE FUNCTION payoutq.tell_winners(job_id bigint, first_seq integer, last_seq integer) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, job_id, data, created_at)
     SELECT e.user_id, 'payout_received', 'Payout received',
-           format('The challenge "%s" has paid you %s %s.', c.title, e.amount, c.currency), 'normal', c.id, e.job_id,
+           format('The challenge "%s" has paid you.', c.title), 'normal', c.id, e.job_id,
            jsonb_build_object('amount', e.amount, 'currency', c.currency), clock_timestamp()
       FROM payoutq.challenge c
       JOIN payoutq.entry e ON e.job_id = c.job_id AND e.seq BETWEEN tell_winners.first_seq AND tell_winners.last_seq
@@ -119,4 +132,4 @@ WITH notification AS NOT MATERIALIZED (
       FROM payoutq.notification)
 SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at FROM notification;
 COMMENT ON VIEW @extschema@.payout_notifications IS
-'what users were told: type (challenge_ending_1_hour, challenge_ending_10_mins, challenge_pending_review, payout_received), urgency (normal, high, critical); unread while read_at is null';
+'what users were told: type (challenge_ending_1_hour, challenge_ending_10_mins, challenge_pending_review, payout_received, with the amount in minor units in data), urgency (normal, high, critical); unread while read_at is null';

@@ -49,10 +49,12 @@ WITH counted AS MATERIALIZED (
       LEFT JOIN counted c ON c.job_id = j.id
       LEFT JOIN moved m ON m.account = '@job:' || j.id AND m.currency = j.currency
 ), staked AS MATERIALIZED (
-    SELECT c.id, c.status, c.closed_at, c.yes_pool, c.no_pool, coalesce(p.yes_pool, 0) AS yes, coalesce(p.no_pool, 0) AS no,
+    SELECT c.id, c.status, c.yes_pool, c.no_pool, coalesce(p.yes_pool, 0) AS yes, coalesce(p.no_pool, 0) AS no,
            coalesce(m.amount, 0) AS escrow, j.total_winners IS NOT NULL AS funded
       FROM payoutq.challenge c
-      LEFT JOIN payoutq.pools p ON p.challenge_id = c.id
+      LEFT JOIN (SELECT s.challenge_id, sum(s.amount) FILTER (WHERE s.side = 'YES') AS yes_pool,
+                        sum(s.amount) FILTER (WHERE s.side = 'NO') AS no_pool
+                   FROM payoutq.movement s WHERE s.kind = 'stake' GROUP BY 1) p ON p.challenge_id = c.id
       LEFT JOIN payoutq.job j ON j.id = c.job_id
       LEFT JOIN moved m ON m.account = '@challenge:' || c.id AND m.currency = c.currency
 ), checks (check_name, violation) AS (
@@ -142,9 +144,7 @@ WITH counted AS MATERIALIZED (
     SELECT 'challenge_stakes', format('challenge %s is %s: staked %s + %s, kept %s + %s, escrow %s', k.id, k.status,
                                       k.yes, k.no, k.yes_pool, k.no_pool, k.escrow)
       FROM staked k
-     WHERE k.yes_pool + k.no_pool <> k.yes + k.no OR k.yes_pool <> k.yes
-        OR (k.closed_at IS NULL) <> (k.yes_pool IS NULL)
-        OR k.escrow <> k.yes + k.no AND NOT k.funded
+     WHERE (k.yes_pool, k.no_pool) <> (k.yes, k.no) OR k.escrow <> k.yes + k.no AND NOT k.funded
     UNION ALL
     SELECT 'challenge_stakes', format('account %s: there is no such challenge', m.account)
       FROM moved m WHERE m.account LIKE '@challenge:%'
@@ -153,16 +153,19 @@ WITH counted AS MATERIALIZED (
     SELECT 'challenge_states', format('challenge %s is %s, its result %s, its job %s', c.id, c.status,
                                       coalesce(c.result, 'open'), coalesce(j.status, 'none'))
       FROM payoutq.challenge c LEFT JOIN payoutq.job j ON j.id = c.job_id
-     WHERE c.status = 'completed' AND (c.result IS NULL OR j.id IS NULL)
-        OR (c.result IS NOT NULL OR c.status = 'completed') AND c.status NOT IN ('pending_admin', 'completed')
-        OR c.status IN ('pending_admin', 'cancelled') AND c.completed_at IS NULL AND j.status = 'completed'
-        OR c.status IN ('pending', 'active') AND (c.closed_at IS NOT NULL OR c.job_id IS NOT NULL)
+     WHERE c.job_id IS NOT NULL AND j.id IS NULL
+        OR c.result IS NOT NULL AND c.status NOT IN ('pending_admin', 'completed')
+        OR c.completed_at IS NULL AND j.status = 'completed'
+        OR c.status IN ('pending', 'active') AND c.job_id IS NOT NULL
     UNION ALL
     SELECT 'sequences', format('ids go up to %s, the sequence of challenges stands at %s', max(c.id), max(s.last_value))
       FROM payoutq.challenge c, payoutq.challenge_id_seq s HAVING max(c.id) > max(s.last_value)
     UNION ALL
     SELECT 'sequences', format('ids go up to %s, the sequence of transfers stands at %s', max(t.id), max(s.last_value))
       FROM payoutq.transfer t, payoutq.transfer_id_seq s HAVING max(t.id) > max(s.last_value)
+    UNION ALL
+    SELECT 'sequences', format('ids go up to %s, the sequence of notifications stands at %s', max(n.id), max(s.last_value))
+      FROM payoutq.notification n, payoutq.notification_id_seq s HAVING max(n.id) > max(s.last_value)
     UNION ALL
     SELECT 'sequences', format('ids go up to %s, the sequence of jobs stands at %s', max(j.id), max(s.last_value))
       FROM payoutq.job j, payoutq.job_id_seq s HAVING max(j.id) > max(s.last_value)

@@ -40,7 +40,9 @@ $$;
 
 CREATE FUNCTION payoutq.restored_jobs() RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT count(*) FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.origin <> payoutq.origin()
+    SELECT (SELECT count(*) FROM payoutq.job j WHERE j.status IN ('queued', 'running') AND j.origin <> payoutq.origin())
+         + (SELECT count(*) FROM payoutq.challenge c
+             WHERE c.status IN ('pending', 'active', 'pending_admin') AND c.origin <> payoutq.origin())
 $$;
 
 CREATE VIEW @extschema@.payout_health AS
@@ -56,7 +58,7 @@ SELECT c.check_name,
       FROM payoutq.job j WHERE j.status = 'failed'
     UNION ALL
     SELECT 'restored_jobs', payoutq.restored_jobs(), 0, 'above',
-           'jobs that came in with a restore and wait until their books are complete, or for payout_trigger_job()'
+           'jobs and challenges that came in with a restore and wait until their books are complete; a job also for payout_trigger_job()'
     UNION ALL
     SELECT 'failed_entries', coalesce(sum(p.failed), 0), 0, 'above',
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
@@ -71,6 +73,10 @@ SELECT c.check_name,
     SELECT 'expired_challenges', count(*), 0, 'above',
            'challenges that are due and were never active; payout_cancel_challenge() gives their stakes back'
       FROM payoutq.challenge c WHERE c.status = 'pending' AND c.due_at <= now()
+    UNION ALL
+    SELECT 'overdue_challenges', count(*), 0, 'above',
+           'active challenges that were due ten minutes ago; does anybody call payout_run_deadlines(), or hold a transaction open that has staked?'
+      FROM payoutq.challenge c WHERE c.status = 'active' AND c.due_at <= now() - interval '10 minutes'
     UNION ALL
     -- Speed matters while there is something to pay.
     SELECT 'entries_per_second',

@@ -157,6 +157,11 @@ check_spec(JobSpec *spec)
 				 errmsg("reference is too long"),
 				 errdetail("It has %zu bytes; the limit is %d.",
 						   strlen(spec->reference), PAYOUTQ_MAX_NAME)));
+	if (strncmp(spec->reference, CHALLENGE, strlen(CHALLENGE)) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("reference \"%s\" begins with \"%s\"", spec->reference, CHALLENGE),
+				 errdetail("Such references are kept for the jobs of challenges.")));
 	if (spec->currency[0] == '\0' || strlen(spec->currency) >= NAMEDATALEN)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

@@ -28,8 +28,6 @@
 static TimestampTz adopt_after = 0;
 
 static void announce(int64 job_id, const char *event);
-static bool lock_challenge(int64 job_id);
-static void complete_challenge(int64 job_id);
 static void post_fee(int64 job_id, int64 fee, const char *currency);
 
 /*
@@ -67,7 +65,7 @@ payoutq_finish_job(int64 job_id)
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 	bool		isnull;
 
-	if (!payoutq_lock_job(job_id, ExclusiveLock, false) || !lock_challenge(job_id))
+	if (!payoutq_lock_job(job_id, ExclusiveLock, false))
 		return false;
 	if (payoutq_execute(&finish, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
 		return false;
@@ -75,39 +73,9 @@ payoutq_finish_job(int64 job_id)
 		elog(ERROR, "counters of job " INT64_FORMAT " do not add up to its entries", job_id);
 
 	post_fee(job_id, payoutq_result_int64(0, 1), payoutq_result_cstring(0, 2));
-	complete_challenge(job_id);
+	payoutq_complete_challenge(job_id);
 	announce(job_id, "completed");
 	return true;
-}
-
-/* The challenge that the job pays, if any.  Nobody is waited for. */
-static bool
-lock_challenge(int64 job_id)
-{
-	static EngineStatement lock = {
-		"SELECT (SELECT count(*) FROM payoutq.challenge WHERE job_id = $1)"
-		"     = (SELECT count(*) FROM (SELECT FROM payoutq.challenge WHERE job_id = $1 FOR UPDATE SKIP LOCKED) l)",
-		1, {INT8OID}
-	};
-	Datum		values[] = {Int64GetDatum(job_id)};
-	bool		isnull;
-
-	(void) payoutq_execute(&lock, values, NULL, SPI_OK_SELECT);
-	return DatumGetBool(payoutq_result(0, 1, &isnull));
-}
-
-static void
-complete_challenge(int64 job_id)
-{
-	static EngineStatement complete = {
-		"UPDATE payoutq.challenge SET completed_at = $2,"
-		"       status = CASE status WHEN 'cancelled' THEN status ELSE 'completed' END"
-		" WHERE job_id = $1 AND completed_at IS NULL",
-		2, {INT8OID, TIMESTAMPTZOID}
-	};
-	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
-
-	(void) payoutq_execute(&complete, values, NULL, SPI_OK_UPDATE);
 }
 
 static void
@@ -151,7 +119,7 @@ payoutq_fail_job(int64 job_id, int sqlstate, const char *message)
 }
 
 /*
- * Jobs that came in with a restore go on when all that belongs to them is
+ * Jobs and challenges that came in with a restore go on when all that belongs to them is
  * there: the books balance, and a table that was bound is, with its unique
  * index, which a restore makes after all data.  Until then they say what is
  * amiss; payout_trigger_job() lets one go on all the same.
@@ -160,7 +128,11 @@ void
 payoutq_adopt_jobs(void)
 {
 	static EngineStatement find = {
-		"SELECT FROM payoutq.job WHERE status IN ('queued', 'running') AND origin <> $1 LIMIT 1",
+		"SELECT WHERE EXISTS (SELECT FROM payoutq.job WHERE status IN ('queued', 'running') AND origin <> $1)"
+		" OR EXISTS (SELECT FROM payoutq.challenge"
+		"             WHERE status IN ('pending', 'active', 'pending_admin') AND origin < $1)"
+		" OR EXISTS (SELECT FROM payoutq.challenge"
+		"             WHERE status IN ('pending', 'active', 'pending_admin') AND origin > $1)",
 		1, {TEXTOID}
 	};
 	static EngineStatement adopt = {
@@ -168,7 +140,10 @@ payoutq_adopt_jobs(void)
 		" looked AS ("
 		"    SELECT j.id, CASE WHEN amiss.checks IS NOT NULL THEN 'payout_verify() to be satisfied: ' || amiss.checks"
 		"                      WHEN j.bound AND NOT payoutq.is_bound(j.currency) THEN 'the bound table to be complete' END AS waits_for"
-		"      FROM payoutq.job j, amiss WHERE j.origin <> $1 AND j.status IN ('queued', 'running'))"
+		"      FROM payoutq.job j, amiss WHERE j.origin <> $1 AND j.status IN ('queued', 'running')"
+		"), challenges AS ("
+		"    UPDATE payoutq.challenge c SET origin = $1"
+		"      FROM amiss WHERE amiss.checks IS NULL AND c.origin <> $1)"
 		" UPDATE payoutq.job j SET origin = CASE WHEN waits_for IS NULL THEN $1 ELSE origin END,"
 		"        error = 'restored, and waits for ' || waits_for"
 		"   FROM looked WHERE j.id = looked.id",

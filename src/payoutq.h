@@ -325,6 +325,9 @@ extern TimestampTz payoutq_adopt_due(void);
 extern void payoutq_fail_job(int64 job_id, int sqlstate, const char *message);
 extern void payoutq_require_job(int64 job_id);
 
+/* challenge.c */
+extern void payoutq_complete_challenge(int64 job_id);
+
 /* create.c */
 extern void payoutq_fund_job(int64 job_id, const char *source_account,
 							 const char *currency, int64 amount);
