@@ -16,6 +16,7 @@ CREATE TABLE payoutq.challenge (
     fee_bps       integer NOT NULL CHECK (fee_bps BETWEEN 0 AND 9999),  -- hundredths of a percent of the pool
     min_stakes    integer CHECK (min_stakes > 0),  -- to become active; null: one on each side
     early_stakes  integer NOT NULL DEFAULT 0,  -- placed while it was pending
+    is_large      boolean NOT NULL DEFAULT false,  -- its pool is summed up for each stake
     due_at        timestamptz,
     status        text NOT NULL DEFAULT 'pending'
                   CHECK (status IN ('pending', 'active', 'pending_admin', 'completed', 'cancelled')),
@@ -92,9 +93,6 @@ BEGIN
         RAISE EXCEPTION 'title is too long'
             USING ERRCODE = 'invalid_parameter_value', DETAIL = format('It has %s bytes; the limit is 1000.', octet_length(title));
     END IF;
-    IF NOT isfinite(due_at) THEN
-        RAISE EXCEPTION 'due_at must be a finite time, or null' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
     IF currency IS NULL OR currency = '' OR octet_length(currency) > 63 THEN
         RAISE EXCEPTION 'currency must have 1 to 63 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -118,15 +116,18 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_create_challenge(text, timestamptz, text, text, text, text, text, integer, integer, text, jsonb) IS
 'creates a challenge and returns its id; it becomes active with a stake on each side, or with min_stakes stakes; fee_bps: hundredths of a percent of the pool; without due_at it is open until it is resolved; error: 22023';
 
--- Sums that no pool may come near. Small stakes are not summed up for that.
-CREATE FUNCTION payoutq.refuse_overflow(challenge_id bigint, amount bigint) RETURNS void
+-- Pools stay within bigint. The caller has locked the challenge, so that large
+-- stakes come one after the other; it takes nine million small ones to get there.
+CREATE FUNCTION payoutq.refuse_overflow(challenge payoutq.challenge, amount bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
+DECLARE
+    pools bigint[] := payoutq.latest_pools(challenge.id);
 BEGIN
-    IF amount > 1e12 AND amount + (SELECT coalesce(sum(m.amount), 0) FROM payoutq.movement m
-                                    WHERE m.kind = 'stake' AND m.challenge_id = challenge_id) > 4e18 THEN
-        RAISE EXCEPTION 'the pool of challenge % is out of range', challenge_id USING ERRCODE = 'numeric_value_out_of_range';
+    IF pools[1]::numeric + pools[2] + amount > 9223372036854775807 THEN
+        RAISE EXCEPTION 'the pool of challenge % is out of range for type bigint', challenge.id
+            USING ERRCODE = 'numeric_value_out_of_range';
     END IF;
+    UPDATE payoutq.challenge c SET is_large = true WHERE c.id = challenge.id AND NOT c.is_large;
 END $$;
 
 -- Refused by the clock are those who come late, before they lock anything: they
@@ -139,6 +140,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target payoutq.challenge;
     stake record;
+    is_large boolean := amount > 1e12;
 BEGIN
     IF side IS NULL OR side NOT IN ('YES', 'NO') THEN
         RAISE EXCEPTION 'invalid side "%"', coalesce(side, 'null')
@@ -158,7 +160,7 @@ BEGIN
         END IF;
 
         -- While it is pending, stakes are counted one after the other.
-        IF target.status = 'pending' THEN
+        IF target.status = 'pending' OR is_large OR target.is_large THEN
             SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
         ELSIF target.status = 'active' THEN
             SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR KEY SHARE;
@@ -166,7 +168,9 @@ BEGIN
         IF target.status NOT IN ('pending', 'active') THEN
             PERFORM payoutq.refuse_challenge(target, 'staked on');
         END IF;
-        PERFORM payoutq.refuse_overflow(challenge_id, amount);
+        IF is_large OR target.is_large THEN
+            PERFORM payoutq.refuse_overflow(target, amount);
+        END IF;
     END IF;
 
     stake := payoutq.post('stake', user_id, '@challenge:' || target.id, amount, reference, target.currency, target.id, side);
@@ -375,10 +379,11 @@ COMMENT ON VIEW @extschema@.payout_challenges IS
 'challenges: status (pending, active, pending_admin, completed, cancelled), result, what is staked on each side, in minor units, and the job that pays it; the pools of an open challenge are summed up, those of a closed one are kept';
 
 CREATE VIEW @extschema@.payout_challenges_awaiting AS
+WITH challenge AS NOT MATERIALIZED (SELECT * FROM payoutq.challenge)
 SELECT c.id, c.title, c.category, c.due_at, now() - c.closed_at AS age, c.yes_pool + c.no_pool AS pool, c.yes_pool, c.no_pool,
        c.yes_stakes, c.no_stakes, c.currency, c.fee_bps, c.creator_id, c.challenger_id, c.challenged_id, c.description, c.evidence,
        c.admin_notes, c.closed_at
-  FROM payoutq.challenge c
+  FROM challenge c
  WHERE c.status = 'pending_admin' AND c.result IS NULL
  ORDER BY c.closed_at, c.id;
 COMMENT ON VIEW @extschema@.payout_challenges_awaiting IS
@@ -389,7 +394,8 @@ SELECT m.id, m.challenge_id, m.debit_account AS user_id, m.side, m.amount,
        CASE WHEN c.status = 'cancelled' THEN 'cancelled'
             WHEN c.activated_at IS NULL THEN 'waiting'
             ELSE 'matched' END AS status,
-       m.posted_at AS created_at, CASE WHEN c.status <> 'cancelled' THEN greatest(c.activated_at, m.posted_at) END AS matched_at,
+       m.posted_at AS created_at,
+       CASE WHEN c.status <> 'cancelled' AND c.activated_at IS NOT NULL THEN greatest(c.activated_at, m.posted_at) END AS matched_at,
        c.currency, m.reference
   FROM payoutq.movement m
   JOIN payoutq.challenge c ON c.id = m.challenge_id

@@ -4,7 +4,7 @@
 CREATE FUNCTION payoutq.execute_in(database text, command text) RETURNS text
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_execute_in';
 COMMENT ON FUNCTION payoutq.execute_in(text, text) IS
-'runs a statement in another database, in a transaction of its own, as the extension''s owner, and returns the value it yields';
+'runs statements in another database, in a transaction of their own, as the extension''s owner, and returns the value that the last one yields';
 
 -- Looks first, in a statement of its own, whether schema cron is pg_cron's: what
 -- anybody else has put there must not be called with our rights.
@@ -65,12 +65,18 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $function$
      WHERE x.extname = 'payoutq'
 $function$;
 
--- This database's jobs of pg_cron, as an array of names. A name that the same role
--- has given to another database's job gets this database's name added.
+-- What is added to a name that the same role has given to another database's
+-- job. Names of jobs are short, so it is not the database's name.
+CREATE FUNCTION payoutq.job_suffix() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT format(' (%s)', d.oid) FROM pg_database d WHERE d.datname = current_database()
+$$;
+
+-- The names of this database's jobs of pg_cron, as an array.
 CREATE FUNCTION payoutq.own_cron_jobs() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT format('%L::text[]', array_agg(j.name || s.suffix))
-      FROM payoutq.scheduled_jobs() j, (VALUES (''), (format(' (%s)', current_database()))) AS s (suffix)
+      FROM payoutq.scheduled_jobs() j, (VALUES (''), (payoutq.job_suffix())) AS s (suffix)
 $$;
 
 CREATE FUNCTION @extschema@.payout_schedule(process text DEFAULT '*/5 * * * *', deadlines text DEFAULT '* * * * *',
@@ -95,14 +101,17 @@ BEGIN
          WHERE j.database = %1$L AND j.jobname = ANY (%2$s)
            AND (j.username <> %3$L OR NOT EXISTS (SELECT FROM jsonb_array_elements(%4$L) w
                                                    WHERE j.jobname IN (w ->> 'name', w ->> 'name' || %5$L)))$sql$,
-        current_database(), payoutq.own_cron_jobs(), username, wanted, format(' (%s)', current_database())));
+        current_database(), payoutq.own_cron_jobs(), username, wanted, payoutq.job_suffix()));
+
+    -- Another database may be choosing the same names.
     RETURN payoutq.execute_in_cron(format($sql$
+        LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.schedule_in_database(
                    w ->> 'name' || CASE WHEN EXISTS (SELECT FROM cron.job j WHERE j.jobname = w ->> 'name' AND j.username = %2$L
                                                         AND j.database <> %1$L) THEN %4$L ELSE '' END,
                    w ->> 'schedule', w ->> 'command', %1$L, %2$L, true))
           FROM jsonb_array_elements(%3$L) w$sql$,
-        current_database(), username, wanted, format(' (%s)', current_database())));
+        current_database(), username, wanted, payoutq.job_suffix()));
 END $$;
 
 CREATE FUNCTION @extschema@.payout_unschedule() RETURNS integer

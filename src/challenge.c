@@ -39,6 +39,25 @@ payoutq_latest_pools(PG_FUNCTION_ARGS)
 	PG_RETURN_ARRAYTYPE_P(result);
 }
 
+/*
+ * The challenge that the job pays, if any, so that it can be completed with it.
+ * False: somebody else has locked it, and the job is finished later.
+ */
+bool
+payoutq_lock_challenge(int64 job_id)
+{
+	static EngineStatement lock = {
+		"SELECT (SELECT count(*) FROM payoutq.challenge WHERE job_id = $1)"
+		"     = (SELECT count(*) FROM (SELECT FROM payoutq.challenge WHERE job_id = $1 FOR UPDATE SKIP LOCKED) l)",
+		1, {INT8OID}
+	};
+	Datum		values[] = {Int64GetDatum(job_id)};
+	bool		isnull;
+
+	(void) payoutq_execute(&lock, values, NULL, SPI_OK_SELECT);
+	return DatumGetBool(payoutq_result(0, 1, &isnull));
+}
+
 /* In the transaction that finishes the job that pays it, if it pays one. */
 void
 payoutq_complete_challenge(int64 job_id)

@@ -65,7 +65,7 @@ payoutq_finish_job(int64 job_id)
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 	bool		isnull;
 
-	if (!payoutq_lock_job(job_id, ExclusiveLock, false))
+	if (!payoutq_lock_job(job_id, ExclusiveLock, false) || !payoutq_lock_challenge(job_id))
 		return false;
 	if (payoutq_execute(&finish, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
 		return false;

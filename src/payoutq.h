@@ -326,6 +326,7 @@ extern void payoutq_fail_job(int64 job_id, int sqlstate, const char *message);
 extern void payoutq_require_job(int64 job_id);
 
 /* challenge.c */
+extern bool payoutq_lock_challenge(int64 job_id);
 extern void payoutq_complete_challenge(int64 job_id);
 
 /* create.c */

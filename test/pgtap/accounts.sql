@@ -1,7 +1,7 @@
 -- Balances, deposits and withdrawals, who funds a job, the fee, reversals,
 -- statements and the ledger.
 \ir fresh.psql
-SELECT plan(109);
+SELECT plan(113);
 
 -- ---------------------------------------------------------------------------
 -- Deposits and withdrawals
@@ -199,5 +199,18 @@ CALL payout_process(NULL, :overflow);
 SELECT is(payout_balance('rich'), 8::bigint, 'it is paid when there is room');
 
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'the books balance');
+
+-- ---------------------------------------------------------------------------
+-- Many deposits in one transaction
+-- ---------------------------------------------------------------------------
+
+BEGIN;
+SELECT is(count(payout_deposit('many' || i, i, 'many:' || i)), 30000::bigint, 'thirty thousand users get deposits in one transaction')
+  FROM generate_series(1, 30000) i;
+SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'in it the books balance');
+COMMIT;
+SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'and after it');
+SELECT is_empty($$SELECT i FROM generate_series(1, 30000) i LEFT JOIN payout_accounts a ON a.user_id = 'many' || i WHERE a.balance IS DISTINCT FROM i$$,
+    'each of them has what he was given');
 
 SELECT finish();

@@ -12,7 +12,7 @@ GRANT USAGE ON SCHEMA app TO payoutq_test_operator, payoutq_test_nobody;
 SELECT payout_create_job('paid', ARRAY['a'], ARRAY[10]) AS paid \gset
 CALL payout_process();
 SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[10, 20], run_at => '2100-01-01') AS later \gset
-SELECT plan(133);
+SELECT plan(175);
 
 -- What belongs to the extension
 CREATE TEMP TABLE routines AS SELECT oid::regprocedure::text AS routine, * FROM pg_proc WHERE false;
@@ -86,6 +86,17 @@ INSERT INTO may VALUES
     ('operator', 'payout_process(integer,bigint)'),
     ('operator', 'payout_deposit(text,bigint,text,text)'),
     ('operator', 'payout_withdraw(text,bigint,text,text)'),
+    ('operator', 'payout_create_challenge(text,timestamp with time zone,text,text,text,text,text,integer,integer,text,jsonb)'),
+    ('operator', 'payout_place_stake(bigint,text,text,bigint,text,timestamp with time zone)'),
+    ('operator', 'payout_add_evidence(bigint,text,jsonb)'),
+    ('operator', 'payout_run_deadlines(timestamp with time zone)'),
+    ('operator', 'payout_run_notifications(timestamp with time zone)'),
+    ('operator', 'payout_resolve_challenge(bigint,text,text)'),
+    ('operator', 'payout_cancel_challenge(bigint,text)'),
+    ('operator', 'payout_mark_notification_read(bigint)'),
+    ('admin', 'payout_schedule(text,text,text,text)'),
+    ('admin', 'payout_unschedule()'),
+    ('admin', 'payout_maintain(integer)'),
     ('admin', 'payout_reverse_entry(bigint,text,bigint,text)'),
     ('admin', 'payout_bind_accounts(regclass,name,name,text)'),
     ('admin', 'payout_unbind_accounts(text)'),
@@ -102,7 +113,8 @@ SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_admin'')',
     'SELECT routine FROM may', 'and an admin these');
 SELECT set_eq(format('SELECT * FROM pg_temp.rights(%L)', who),
     $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
-                                           'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health']) AS v$$,
+                                           'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
+                                           'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules']) AS v$$,
     who || ' may read the views, and has no right on the storage')
   FROM unnest(ARRAY['payoutq_test_reader', 'payoutq_test_operator', 'payoutq_test_admin']) AS who;
 SELECT ok(NOT has_schema_privilege(who, 'payoutq', 'USAGE, CREATE'), who || ' has no right on the schema')
@@ -149,7 +161,9 @@ SELECT throws_ok(call, '42501', NULL, 'nobody: ' || call)
   FROM unnest(ARRAY['SELECT * FROM payout_job_status(1)', 'SELECT * FROM payout_jobs', 'SELECT * FROM payout_accounts',
                     'SELECT payout_split(1, ''{1}'')', 'SELECT payout_balance(''a'')', 'CALL payout_process()',
                     'SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT * FROM payoutq.job',
-                    'SELECT payoutq.change_balance(''a'', ''USD'', 1)', 'SELECT payout_grant(''payoutq_test_nobody'', ''admin'')']) AS call;
+                    'SELECT payoutq.change_balance(''a'', ''USD'', 1)', 'SELECT payout_grant(''payoutq_test_nobody'', ''admin'')',
+                    'SELECT * FROM payout_challenges', 'SELECT * FROM payout_stakes', 'SELECT * FROM payout_notifications',
+                    'SELECT payout_create_challenge(''x'')', 'SELECT payout_resolve_challenge(1, ''draw'')', 'SELECT payout_schedule()']) AS call;
 
 SET LOCAL ROLE payoutq_test_reader;
 SELECT lives_ok(call, 'reader: ' || call)
@@ -158,11 +172,17 @@ SELECT lives_ok(call, 'reader: ' || call)
                     'SELECT * FROM payout_statement(''a'')', 'SELECT * FROM payout_verify()', 'SELECT payout_split(1, ''{1}'')',
                     'SELECT * FROM payout_jobs', 'SELECT * FROM payout_entries', 'SELECT * FROM payout_failed_entries',
                     'SELECT * FROM payout_batches', 'SELECT * FROM payout_accounts', 'SELECT * FROM payout_ledger',
-                    'SELECT * FROM payout_workers', 'SELECT * FROM payout_stats', 'SELECT * FROM payout_health']) AS call;
+                    'SELECT * FROM payout_workers', 'SELECT * FROM payout_stats', 'SELECT * FROM payout_health',
+                    'SELECT * FROM payout_challenges', 'SELECT * FROM payout_challenges_awaiting', 'SELECT * FROM payout_stakes',
+                    'SELECT * FROM payout_notifications', 'SELECT * FROM payout_schedules']) AS call;
 SELECT throws_ok(call, '42501', NULL, 'reader: ' || call)
   FROM unnest(ARRAY['SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT payout_pause_job(2)', 'CALL payout_process()',
                     'SELECT payout_deposit(''a'', 1, ''x'')', 'SELECT * FROM payout_preview_job(''x'', ARRAY[''a''], ARRAY[1])',
-                    'SELECT * FROM payoutq.job', 'SELECT * FROM payoutq.workers()', 'SELECT payoutq.wake()']) AS call;
+                    'SELECT * FROM payoutq.job', 'SELECT * FROM payoutq.workers()', 'SELECT payoutq.wake()',
+                    'SELECT payout_create_challenge(''x'')', 'SELECT payout_place_stake(1, ''a'', ''YES'', 1)',
+                    'SELECT payout_resolve_challenge(1, ''draw'')', 'SELECT payout_cancel_challenge(1)',
+                    'SELECT payout_mark_notification_read(1)', 'SELECT payout_run_deadlines()', 'SELECT payout_run_notifications()',
+                    'SELECT * FROM payoutq.challenge', 'SELECT * FROM payoutq.notification', 'SELECT * FROM payoutq.pools']) AS call;
 
 SET LOCAL ROLE payoutq_test_operator;
 SELECT lives_ok(call, 'operator: ' || call)
@@ -173,22 +193,33 @@ SELECT lives_ok(call, 'operator: ' || call)
                     'SELECT * FROM payout_preview_job(''o4'', ''[{"user_id": "a", "amount": 1}]'')',
                     'SELECT * FROM payout_preview_job_from(''o4'', ''SELECT ''''a'''' AS user_id, 1 AS amount'')',
                     'SELECT payout_pause_job(2)', 'SELECT payout_resume_job(2)', 'SELECT payout_trigger_job(2)', 'SELECT payout_retry_job(2)',
-                    'SELECT payout_cancel_job(2)', 'SELECT payout_deposit(''a'', 1, ''d1'')', 'SELECT payout_withdraw(''a'', 1, ''w1'')']) AS call;
+                    'SELECT payout_cancel_job(2)', 'SELECT payout_deposit(''a'', 1, ''d1'')', 'SELECT payout_withdraw(''a'', 1, ''w1'')',
+                    'SELECT payout_create_challenge(''c1'', ''2100-01-01'', ''a'', min_stakes => 1)',
+                    'SELECT payout_place_stake(1, ''a'', ''YES'', 1)', 'SELECT payout_add_evidence(1, ''a'', ''1'')',
+                    'SELECT payout_run_notifications(''2099-12-31 23:55'')', 'SELECT payout_mark_notification_read(1)',
+                    'SELECT payout_run_deadlines(''2100-01-01'')', 'SELECT * FROM payout_resolve_challenge(1, ''draw'')',
+                    'SELECT payout_cancel_challenge(payout_create_challenge(''c2''))']) AS call;
 SELECT is((SELECT created_by FROM payout_jobs WHERE reference = 'o1'), 'payoutq_test_operator', 'a job knows who created it');
 SELECT throws_ok(call, '42501', NULL, 'operator: ' || call)
   FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_bind_accounts(''pg_class'', ''oid'', ''relpages'')',
                     'SELECT payout_unbind_accounts()', 'SELECT payout_start_worker()', 'SELECT payout_stop_workers()',
                     'SELECT payout_grant(''payoutq_test_operator'', ''admin'')', 'SELECT payout_revoke(''payoutq_test_reader'')',
-                    'SELECT * FROM payoutq.entry', 'INSERT INTO payoutq.movement DEFAULT VALUES']) AS call;
+                    'SELECT * FROM payoutq.entry', 'INSERT INTO payoutq.movement DEFAULT VALUES',
+                    'SELECT payout_schedule()', 'SELECT payout_unschedule()', 'SELECT payout_maintain()',
+                    'UPDATE payoutq.challenge SET result = ''draw''', 'DELETE FROM payoutq.notification',
+                    'SELECT payoutq.execute_in(''postgres'', ''SELECT 1'')', 'SELECT payoutq.tell_roles(''{1}'', ''{x}'', now())']) AS call;
 
 SET LOCAL ROLE payoutq_test_admin;
 SELECT lives_ok(call, 'admin: ' || call)
   FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_stop_workers()',
-                    'SELECT payout_grant(''payoutq_test_nobody'', ''reader'')', 'SELECT payout_revoke(''payoutq_test_nobody'')']) AS call;
+                    'SELECT payout_grant(''payoutq_test_nobody'', ''reader'')', 'SELECT payout_revoke(''payoutq_test_nobody'')',
+                    'SELECT payout_maintain()']) AS call;
 SELECT throws_ok(call, '42501', NULL, 'admin: ' || call)
   FROM unnest(ARRAY['SELECT * FROM payoutq.entry', 'UPDATE payoutq.account SET balance = 1', 'DELETE FROM payoutq.movement',
                     'CREATE TRIGGER t BEFORE UPDATE ON payoutq.batch FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()',
                     'ALTER TABLE payoutq.batch DISABLE TRIGGER ALL', 'SELECT payoutq.change_balance(''a'', ''USD'', 1)',
+                    'SELECT payoutq.execute_in(''postgres'', ''SELECT 1'')', 'SELECT payoutq.execute_in_cron(''SELECT 1'')',
+                    'UPDATE payoutq.challenge SET result = ''draw''',
                     'DROP EXTENSION payoutq']) AS call;
 ROLLBACK;
 
@@ -285,7 +316,7 @@ BEGIN
            AND op.oprleft IN ('text'::regtype, 'bigint'::regtype, 'integer'::regtype, 'numeric'::regtype, 'name'::regtype,
                               'timestamptz'::regtype, 'boolean'::regtype, 'oid'::regtype, 'jsonb'::regtype, 'interval'::regtype)
            AND op.oprright IN ('text'::regtype, 'bigint'::regtype, 'integer'::regtype, 'numeric'::regtype, 'name'::regtype,
-                              'timestamptz'::regtype, 'boolean'::regtype, 'oid'::regtype, 'interval'::regtype)
+                              'timestamptz'::regtype, 'boolean'::regtype, 'oid'::regtype, 'jsonb'::regtype, 'interval'::regtype)
     LOOP
         EXECUTE format($f$CREATE FUNCTION evil.op(%1$s, %2$s) RETURNS %3$s LANGUAGE plpgsql AS $b$
             BEGIN PERFORM evil.note('operator'); RETURN $1 OPERATOR(pg_catalog.%4$s) $2; END $b$ $f$, o.l, o.r, o.result, o.oprname);
@@ -325,11 +356,25 @@ SELECT * FROM public.payout_job_status(:job), public.payout_statement('a'), publ
 SELECT count(*) FROM public.payout_jobs, public.payout_entries \g /dev/null
 SELECT count(*) FROM public.payout_ledger, public.payout_batches, public.payout_failed_entries, public.payout_accounts \g /dev/null
 SELECT count(*) FROM public.payout_workers, public.payout_stats, public.payout_health \g /dev/null
+SELECT public.payout_create_challenge('evil', '2100-01-01', 'a', 'b', 'c', min_stakes => 1, fee_bps => 1) AS challenge,
+       public.payout_create_challenge('evil2', '2100-01-01') AS challenge2 \gset
+SELECT public.payout_place_stake(:challenge, 'a', 'YES', 1, 'e3'), public.payout_place_stake(:challenge2, 'a', 'YES', 1),
+       public.payout_add_evidence(:challenge, 'a', '1') \g /dev/null
+SELECT public.payout_run_notifications('2099-12-31 23:55'), public.payout_run_deadlines('2100-01-01') \g /dev/null
+SELECT public.payout_cancel_challenge(:challenge2), public.payout_mark_notification_read((SELECT min(id) FROM public.payout_notifications)) \g /dev/null
+SELECT * FROM public.payout_resolve_challenge(:challenge, 'challenger_won') \g /dev/null
+CALL public.payout_process();
+SELECT count(*) FROM public.payout_challenges, public.payout_challenges_awaiting, public.payout_stakes \g /dev/null
+SELECT count(*) FROM public.payout_notifications, public.payout_schedules \g /dev/null
 RESET search_path;
 RESET ROLE;
 SELECT results_eq(format('SELECT status, completed_count FROM payout_job_status(%s)', :job), $$VALUES ('completed', 3::bigint)$$,
     'with an evil search_path a job is paid as ever');
 SELECT is((SELECT amount FROM payout_entries WHERE user_id = 'q'), 1::bigint, 'also one of a query');
+SELECT results_eq(format('SELECT status FROM payout_challenges WHERE id IN (%s, %s) ORDER BY id', :challenge, :challenge2),
+    $$VALUES ('completed'), ('cancelled')$$, 'and a challenge is resolved, or cancelled');
+SELECT set_eq(format('SELECT type, count(*) FROM payout_notifications WHERE challenge_id = %s GROUP BY 1', :challenge),
+    $$VALUES ('challenge_ending_10_mins', 3::bigint), ('challenge_pending_review', 3), ('payout_received', 1)$$, 'and its people are told');
 SELECT is_empty($$SELECT * FROM evil.log WHERE who <> 'payoutq_test_operator'$$, 'and nothing of it ran with other rights');
 SELECT is_empty($$SELECT what, count(*) FROM evil.log GROUP BY 1$$, 'nor at all');
 

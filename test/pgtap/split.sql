@@ -1,7 +1,7 @@
 -- payout_split(): every unit is given away, in proportion.
 \ir fresh.psql
 BEGIN;
-SELECT plan(42);
+SELECT plan(45);
 
 -- ---------------------------------------------------------------------------
 -- By hand
@@ -44,8 +44,19 @@ SELECT is(payout_split(9223372036854775807, '{1,9223372036854775806}'), '{1,9223
 SELECT is((SELECT sum(s) FROM unnest(payout_split(1000003, array_fill(7::bigint, ARRAY[100000]))) s), 1000003::numeric,
     'a hundred thousand shares');
 
+-- a million weights; the products stay within bigint, so that SQL is fast at it
+CREATE TEMP TABLE million AS
+SELECT n, weight, share, 1000000000039 * weight / sum AS floor, 1000000000039 * weight % sum AS remainder
+  FROM (SELECT array_agg(1 + n * 7919 % 100003 ORDER BY n) AS weights, sum(1 + n * 7919 % 100003)::bigint AS sum FROM generate_series(1, 1000000::bigint) n) w
+ CROSS JOIN LATERAL ROWS FROM (unnest(weights), unnest(payout_split(1000000000039, weights))) WITH ORDINALITY AS s (weight, share, n);
+SELECT is((SELECT sum(share) FROM million), 1000000000039::numeric, 'a million shares add up to the pool');
+SELECT is_empty(
+    $$SELECT * FROM (SELECT *, floor + (row_number() OVER (ORDER BY remainder DESC, weight DESC, n)
+                                        <= 1000000000039 - sum(floor) OVER ())::int AS expected FROM million) m
+       WHERE share <> expected$$, 'and each of them is right');
+
 -- ---------------------------------------------------------------------------
--- What must hold for any input, on some thousands of random ones
+-- What must hold for any input, on more than a hundred thousand random ones
 -- ---------------------------------------------------------------------------
 
 SELECT setseed(0.42) \g /dev/null
@@ -54,13 +65,13 @@ SELECT n, pool, weights
   FROM (SELECT n, CASE n % 4 WHEN 0 THEN (random() * 10)::bigint
                              WHEN 1 THEN (random() * 1e4)::bigint
                              WHEN 2 THEN (random() * 1e12)::bigint
-                             ELSE (random() * 9e18)::bigint END AS pool,
-               (1 + random() * 12)::int AS count
-          FROM generate_series(1, 4000) n OFFSET 0) AS c
+                             ELSE least(random() * 1e19, 9.2e18)::bigint + 23372036854775807 END AS pool,
+               (1 + random() * 8)::int AS count
+          FROM generate_series(1, 120000) n OFFSET 0) AS c
  CROSS JOIN LATERAL (SELECT array_agg(CASE WHEN random() < 0.1 THEN 0
                                            WHEN c.n % 3 = 0 THEN (random() * 5)::bigint
                                            WHEN c.n % 3 = 1 THEN (random() * 1e6)::bigint
-                                           ELSE (random() * 9e18)::bigint END ORDER BY i) AS weights
+                                           ELSE least(random() * 1e19, 9.2e18)::bigint + 23372036854775807 END ORDER BY i) AS weights
                        FROM generate_series(1, c.count) i) w
  WHERE 0 < ANY (weights);
 CREATE TEMP TABLE share AS
@@ -68,7 +79,10 @@ SELECT n, pool, i, weight::numeric, share, sum(weight) OVER (PARTITION BY n)::nu
   FROM trial CROSS JOIN LATERAL ROWS FROM (unnest(weights), unnest(payout_split(pool, weights)))
        WITH ORDINALITY AS s (weight, share, i);
 
-SELECT cmp_ok((SELECT count(*) FROM trial), '>', 3000::bigint, 'there are thousands of trials');
+ANALYZE trial, share;
+SELECT cmp_ok((SELECT count(*) FROM trial), '>', 100000::bigint, 'there are more than a hundred thousand trials');
+SELECT cmp_ok((SELECT count(*) FROM trial WHERE pool = 9223372036854775807 AND 9223372036854775807 = ANY (weights)), '>', 100::bigint,
+    'some of them with a pool and a weight at the limit of bigint');
 SELECT is_empty('SELECT n, pool, sum(share) FROM share GROUP BY n, pool HAVING sum(share) <> pool', 'the shares add up to the pool');
 SELECT is_empty('SELECT * FROM share WHERE share IS NULL OR share NOT BETWEEN div(pool * weight, total) AND div(pool * weight, total) + 1',
     'a share is its exact value, rounded down or up');

@@ -24,17 +24,37 @@ SELECT payout_cancel_job(:cancelled) \g /dev/null
 SELECT payout_create_job('queued', ARRAY['u1'], ARRAY[1], platform_fee => 1) AS queued \gset
 SELECT payout_create_job_from('query', 'SELECT ''u'' AS user_id, 1 AS amount', run_at => '2100-01-01') \g /dev/null
 
+-- and a challenge in each state, in a currency of its own
+CREATE FUNCTION pg_temp.challenge(title text) RETURNS bigint LANGUAGE sql AS $$
+    SELECT c + 0 * payout_place_stake(c, 'yes', 'YES', 60) + 0 * payout_place_stake(c, 'no', 'NO', 40)
+      FROM payout_create_challenge(title, '2100-01-01', currency => 'CHIP', fee_bps => 500) AS c
+$$;
+SELECT payout_deposit('yes', 1000, 'd4', 'CHIP'), payout_deposit('no', 1000, 'd5', 'CHIP') \g /dev/null
+SELECT pg_temp.challenge('completed') AS c_completed, pg_temp.challenge('cancelled') AS c_cancelled \gset
+SELECT pg_temp.challenge('resolved') AS c_resolved, pg_temp.challenge('awaiting') AS c_awaiting \gset
+SELECT payout_run_deadlines('2100-01-01') \g /dev/null
+SELECT payout_cancel_challenge(:c_cancelled) AS cancelled_refund, payout_job_id AS completed_payout
+  FROM payout_resolve_challenge(:c_completed, 'challenger_won') \gset
+CALL payout_process(NULL, :cancelled_refund);
+CALL payout_process(NULL, :completed_payout);
+SELECT payout_resolve_challenge(:c_resolved, 'challenged_won') \g /dev/null
+SELECT pg_temp.challenge('active') AS c_active, payout_create_challenge('pending', currency => 'CHIP') AS c_pending \gset
+SELECT payout_place_stake(:c_pending, 'yes', 'YES', 7) AS waiting \gset
+
 BEGIN;
-SELECT plan(30);
+SELECT plan(46);
 
 SELECT results_eq('SELECT check_name, ok, violations, detail FROM payout_verify()',
     $$SELECT n, true, 0::bigint, NULL::text
         FROM unnest(ARRAY['job_amounts', 'ledger_balanced', 'account_balances', 'batches_cover_entries', 'job_counters',
-                          'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'sequences']) n$$,
+                          'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'challenge_stakes',
+                          'challenge_states', 'sequences']) n$$,
     'all checks hold');
 SELECT set_eq('SELECT DISTINCT status FROM payout_jobs', ARRAY['queued', 'running', 'completed', 'cancelled'],
     'of jobs in many states');
 SELECT isnt_empty('SELECT FROM payout_failed_entries', 'with an entry that failed');
+SELECT set_eq('SELECT DISTINCT status FROM payout_challenges', ARRAY['pending', 'active', 'pending_admin', 'completed', 'cancelled'],
+    'and a challenge in each state');
 
 -- Which checks turn false when somebody tampers with the tables; undone again
 CREATE FUNCTION pg_temp.after(VARIADIC statements text[]) RETURNS text LANGUAGE plpgsql AS $$
@@ -137,7 +157,34 @@ SELECT is(pg_temp.after($$INSERT INTO payoutq.movement (kind, debit_account, cre
                           VALUES ('deposit', '@platform', '@outside', 'USD', 1000)$$),
     'balances_not_negative 1', 'the platform below zero');
 
+-- challenge_stakes
+SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET yes_pool = yes_pool + 1 WHERE id = %s', :c_awaiting)),
+    'challenge_stakes 1', 'a pool that is more than the stakes');
+SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET yes_pool = yes_pool + 1, no_pool = no_pool - 1 WHERE id = %s', :c_completed)),
+    'challenge_stakes 1', 'a part of a pool on the other side');
+SELECT is(pg_temp.after(format('DELETE FROM payoutq.movement WHERE kind = ''stake'' AND challenge_id = %s AND side = ''NO''', :c_awaiting)),
+    'account_balances 1, challenge_stakes 1', 'a stake that is gone');
+SELECT is(pg_temp.after(format('UPDATE payoutq.movement SET credit_account = ''@challenge:%s'' WHERE id = %s', :c_active, :waiting)),
+    'challenge_stakes 2', 'a stake in the escrow of another challenge');
+SELECT is(pg_temp.after(format($$INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount)
+                                 VALUES ('withdrawal', '@challenge:%s', '@outside', 'CHIP', 1)$$, :c_resolved)),
+    'challenge_stakes 1', 'an escrow from which something was taken before the job did');
+SELECT is(pg_temp.after($$INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount)
+                          VALUES ('deposit', '@outside', '@challenge:999999', 'CHIP', 1)$$),
+    'challenge_stakes 1', 'an escrow of no challenge');
+
+-- challenge_states
+SELECT throws_ok(format('UPDATE payoutq.challenge SET %s WHERE id = %s', change, :c_completed), '23514', NULL, 'refused at once: ' || change)
+  FROM unnest(ARRAY['result = NULL', 'job_id = NULL', 'yes_pool = NULL', 'closed_at = NULL', 'completed_at = NULL']) AS change;
+SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET status = ''pending_admin'', completed_at = NULL WHERE id = %s', :c_completed)),
+    'challenge_states 1', 'a challenge that is not completed although its job is');
+SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET result = ''draw'', resolved_at = now() WHERE id = %s', :c_cancelled)),
+    'challenge_states 1', 'a cancelled challenge with a result');
+SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET job_id = 999999 WHERE id = %s', :c_active)),
+    'challenge_states 1', 'an open challenge with a job');
+
 -- sequences
+SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.challenge_id_seq RESTART'), 'sequences 1', 'a sequence of challenges');
 SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.job_id_seq RESTART', 'ALTER SEQUENCE payoutq.movement_id_seq RESTART'),
     'sequences 2', 'sequences that would give out ids again');
 

@@ -1,7 +1,7 @@
 -- The views: their columns, what they say of jobs in all states, statistics
 -- and alerts.
 \ir fresh.psql
-SELECT plan(61);
+SELECT plan(66);
 
 -- ---------------------------------------------------------------------------
 -- Columns that applications rely on; there may be more
@@ -41,10 +41,11 @@ SELECT is_empty(
 
 SELECT is_empty('SELECT FROM ' || v, v || ' is empty at first')
   FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
-                    'payout_ledger', 'payout_stats', 'payout_workers']) AS v;
+                    'payout_ledger', 'payout_stats', 'payout_workers', 'payout_challenges', 'payout_challenges_awaiting',
+                    'payout_stakes', 'payout_notifications', 'payout_schedules']) AS v;
 SELECT results_eq('SELECT check_name, ok FROM payout_health ORDER BY check_name',
-    $$VALUES ('entries_per_second', true), ('failed_entries', true), ('failed_jobs', true), ('oldest_job', true),
-             ('restored_jobs', true), ('worker_running', false), ('xmin_holder', true)$$,
+    $$VALUES ('entries_per_second', true), ('expired_challenges', true), ('failed_entries', true), ('failed_jobs', true), ('oldest_job', true),
+             ('overdue_challenges', true), ('restored_jobs', true), ('worker_running', false), ('xmin_holder', true)$$,
     'all is well, but for the worker, which this test has stopped');
 SELECT is_empty('SELECT * FROM payout_health WHERE num_nulls(check_name, ok, value, threshold, hint) > 0', 'no check leaves anything out');
 

@@ -9,7 +9,6 @@ use lib "$FindBin::RealBin/../perl";
 use Payoutq;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(usleep);
 
 my $entries = 60_000;
 my $kills = 21;
@@ -37,7 +36,8 @@ foreach my $n (1 .. $kills)
 	  or last;
 
 	my $how = $how[ $n % @how ];
-	my $before = crash($how);
+	my $before = crash($node, 'app', $how,
+		"SELECT completed_count FROM payout_job_status($job)");
 	my $paid = $node->safe_psql('app',
 		"SELECT completed_count FROM payout_job_status($job)");
 	cmp_ok($paid, '>=', $before, "kill $n ($how): nothing is lost");
@@ -65,34 +65,3 @@ unlike(slurp_file($node->logfile), qr/PANIC|TRAP:/, 'nothing worse in the log');
 
 $node->stop;
 done_testing();
-
-# Returns when the server answers again, with what was shown as paid just before
-# the crash.
-sub crash
-{
-	my ($how) = @_;
-	my $session = $node->background_psql('app');
-	my @children = split /\n/,
-	  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-	my $worker = worker_pid($node, 'app');
-	my $before = $session->query_safe(
-		"SELECT completed_count FROM payout_job_status($job)");
-
-	if ($how eq 'worker')
-	{
-		kill9($worker);
-	}
-	else
-	{
-		$node->kill9;
-		kill('KILL', @children) if $how eq 'all';
-
-		# What is left of the old server must go before a new one can start.
-		my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
-		usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
-		$node->start;
-	}
-	$session->quit;
-	wait_for($node, 'app', 'SELECT true');
-	return $before;
-}
