@@ -271,28 +271,27 @@ BEGIN
     RAISE EXCEPTION 'transfer % does not exist', coalesce(transfer_id::text, 'null') USING ERRCODE = 'undefined_object';
 END $$;
 
--- The pull interface: an application that talks to the provider itself claims
--- transfers, for the time of a lease, and reports with the token it was given.
--- A lease that ends without a report is an attempt with an unknown outcome.
-CREATE FUNCTION @extschema@.payout_claim_transfers(provider text, max_count integer DEFAULT 50, lease interval DEFAULT '1 minute')
+-- A claim lasts as long as its lease. A lease that ends without a report is an
+-- attempt with an unknown outcome: the next one uses the same key. Destinations
+-- can be left out, and then each is claimed for once.
+CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL)
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
-               amount bigint, currency text, metadata jsonb)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+               amount bigint, currency text, job_id bigint, entry integer)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     claimed_at timestamptz := clock_timestamp();
 BEGIN
-    IF max_count IS NULL OR max_count <= 0 OR lease IS NULL OR lease <= interval '0' THEN
-        RAISE EXCEPTION 'max_count and lease must be greater than zero' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
-    PERFORM payoutq.provider_kind(provider), payoutq.require_armed();
-
     RETURN QUERY
-    WITH due AS (
-        SELECT t.id, t.status, t.attempts FROM payoutq.transfer t
+    WITH locked AS (
+        SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
-           AND t.run_after <= claimed_at
+           AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
+    ), due AS (
+        SELECT l.id, l.status, l.attempts
+          FROM (SELECT *, row_number() OVER (PARTITION BY locked.destination ORDER BY locked.id) AS n FROM locked) l
+         WHERE busy IS NULL OR l.n = 1
     ), lapsed AS (
         UPDATE payoutq.attempt a
            SET outcome = 'unknown', finished_at = claimed_at, error = 'the lease ended without a report'
@@ -309,9 +308,26 @@ BEGIN
         SELECT c.id, c.attempts, c.generation, c.token, claimed_at FROM claimed c
     )
     SELECT c.id, c.token, c.attempts, payoutq.idempotency_key(c.id, c.generation), c.user_id, c.destination, c.amount, c.currency,
-           coalesce(j.metadata, '{}') || jsonb_build_object('job_id', j.id, 'reference', j.reference, 'entry', c.entry_seq)
-      FROM claimed c JOIN payoutq.job j ON j.id = c.job_id
-     ORDER BY c.id;
+           c.job_id, c.entry_seq
+      FROM claimed c ORDER BY c.id;
+END $$;
+
+-- The pull interface: for an application that talks to the provider itself.
+CREATE FUNCTION @extschema@.payout_claim_transfers(provider text, max_count integer DEFAULT 50, lease interval DEFAULT '1 minute')
+RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
+               amount bigint, currency text, metadata jsonb)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    IF max_count IS NULL OR max_count <= 0 OR lease IS NULL OR lease <= interval '0' THEN
+        RAISE EXCEPTION 'max_count and lease must be greater than zero' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    PERFORM payoutq.provider_kind(provider), payoutq.require_armed();
+    RETURN QUERY
+    SELECT c.transfer_id, c.attempt_token, c.attempt, c.idempotency_key, c.user_id, c.destination, c.amount, c.currency,
+           coalesce(j.metadata, '{}') || jsonb_build_object('job_id', j.id, 'reference', j.reference, 'entry', c.entry)
+      FROM payoutq.claim_transfers(provider, max_count, lease) c
+      JOIN payoutq.job j ON j.id = c.job_id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_claim_transfers(text, integer, interval) IS
 'gives transfers to whoever sends them, for the time of the lease; commit before the first call; always call the provider with the idempotency key; a transfer that was claimed before may have been sent under the same key; errors: 22023, 42704, 55000';
