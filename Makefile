@@ -36,12 +36,17 @@ OBJS = \
 	src/expand.o \
 	src/split.o \
 	src/challenge.o \
+	src/dispatcher.o \
+	src/http.o \
 	src/provider.o \
+	src/stripe.o \
+	src/webhook.o \
 	src/transfer.o \
 	src/errand.o \
 	src/wait.o
 
-PG_CPPFLAGS = -DPAYOUTQ_VERSION='"$(EXTVERSION)"'
+PG_CPPFLAGS = -DPAYOUTQ_VERSION='"$(EXTVERSION)"' $(shell curl-config --cflags)
+SHLIB_LINK = $(shell curl-config --libs)
 
 # The install script is kept in parts and joined in the order of their names.
 INSTALL_SCRIPT_SQL = sql/$(EXTENSION)--$(EXTVERSION).sql

@@ -359,21 +359,24 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
      WHERE a.transfer_id = t.id AND a.attempt = t.attempts
 $$;
 
+CREATE FUNCTION payoutq.mark_sent(t payoutq.transfer, provider_reference text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM payoutq.end_attempt(t, 'sent', provider_reference, NULL);
+    UPDATE payoutq.transfer
+       SET status = 'sent', provider_reference = mark_sent.provider_reference, error = NULL, run_after = clock_timestamp(),
+           updated_at = clock_timestamp()
+     WHERE id = t.id;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_transfer_sent(transfer_id bigint, attempt_token uuid, provider_reference text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-DECLARE
-    target payoutq.transfer := payoutq.reporting_transfer(transfer_id, attempt_token);
 BEGIN
     IF provider_reference IS NULL OR provider_reference = '' THEN
         RAISE EXCEPTION 'provider_reference must not be null or empty'
             USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It is what the transfer is confirmed by.';
     END IF;
-    PERFORM payoutq.end_attempt(target, 'sent', provider_reference, NULL);
-    UPDATE payoutq.transfer t
-       SET status = 'sent', provider_reference = provider_reference, error = NULL, run_after = clock_timestamp(),
-           updated_at = clock_timestamp()
-     WHERE t.id = target.id;
+    PERFORM payoutq.mark_sent(payoutq.reporting_transfer(transfer_id, attempt_token), provider_reference);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_sent(bigint, uuid, text) IS
 'reports that the provider has accepted the transfer, and will confirm it under its reference later; errors: 22023, 42704, 55000 (late report), 23505 (the reference is another transfer''s)';
@@ -439,37 +442,42 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
                  payoutq.setting('payoutq.retry_base')::interval * 2 ^ least(failures - 1, 30)) * (0.5 + random() / 2)
 $$;
 
+-- Waits as long as the provider asks for, else with backoff. An attempt that
+-- does not count leaves as many as there were.
+CREATE FUNCTION payoutq.fail_transfer(t payoutq.transfer, error_class text, reason text, wait interval, counts boolean) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    in_generation integer := t.attempts - t.first_attempt + 1;
+
+    -- Money that may have left is not given back because of a later failure.
+    outcome text := CASE WHEN error_class = 'permanent' THEN 'failed_terminal'
+                         WHEN error_class = 'unknown' OR t.maybe_sent THEN 'unknown'
+                         WHEN counts AND in_generation >= payoutq.setting('payoutq.max_attempts')::integer THEN 'failed_terminal'
+                         ELSE 'retryable' END;
+    next_try timestamptz := clock_timestamp() + coalesce(wait, payoutq.backoff(in_generation));
+BEGIN
+    PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
+    UPDATE payoutq.transfer
+       SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
+           first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
+           run_after = CASE WHEN outcome = 'unknown' AND next_try > first_sent_at + payoutq.key_life(provider) THEN 'infinity'
+                            ELSE next_try END
+     WHERE id = t.id;
+    IF outcome = 'failed_terminal' THEN
+        PERFORM payoutq.settle_transfer(t, outcome);
+    END IF;
+    RETURN outcome;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_transfer_failed(transfer_id bigint, attempt_token uuid, error_class text, reason text DEFAULT NULL)
 RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-DECLARE
-    target payoutq.transfer;
-    in_generation integer;
-    outcome text;
 BEGIN
     IF error_class IS NULL OR error_class NOT IN ('transient', 'permanent', 'unknown') THEN
         RAISE EXCEPTION 'invalid error class "%"', coalesce(error_class, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Classes are transient, permanent and unknown.';
     END IF;
-    target := payoutq.reporting_transfer(transfer_id, attempt_token);
-    in_generation := target.attempts - target.first_attempt + 1;
-
-    -- Money that may have left is not given back because of a later failure.
-    outcome := CASE WHEN error_class = 'permanent' THEN 'failed_terminal'
-                    WHEN error_class = 'unknown' OR target.maybe_sent THEN 'unknown'
-                    WHEN in_generation >= payoutq.setting('payoutq.max_attempts')::integer THEN 'failed_terminal'
-                    ELSE 'retryable' END;
-    PERFORM payoutq.end_attempt(target, error_class, NULL, reason);
-    UPDATE payoutq.transfer t
-       SET status = outcome, error = reason, maybe_sent = t.maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
-           run_after = CASE WHEN outcome = 'unknown' AND clock_timestamp() > t.first_sent_at + payoutq.key_life(t.provider) THEN 'infinity'
-                            ELSE clock_timestamp() + payoutq.backoff(in_generation) END
-     WHERE t.id = target.id;
-    IF outcome = 'failed_terminal' THEN
-        PERFORM payoutq.settle_transfer(target, outcome);
-    END IF;
-    RETURN outcome;
+    RETURN payoutq.fail_transfer(payoutq.reporting_transfer(transfer_id, attempt_token), error_class, reason, NULL, true);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_failed(bigint, uuid, text, text) IS
 'reports that the transfer was not made (permanent: never will be; transient: try again) or that nobody knows (unknown), and returns the new status: retryable, failed_terminal, or unknown, which is tried again under the same key; errors: 22023, 42704, 55000 (late report)';
@@ -479,6 +487,15 @@ CREATE FUNCTION payoutq.key_life(provider text) RETURNS interval
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
 $$;
+
+CREATE FUNCTION payoutq.reject_transfer(t payoutq.transfer, reason text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE payoutq.transfer
+       SET status = 'confirmation_failed', error = coalesce(reason, 'rejected by the provider'), updated_at = clock_timestamp()
+     WHERE id = t.id;
+    PERFORM payoutq.settle_transfer(t, 'confirmation_failed');
+END $$;
 
 CREATE FUNCTION @extschema@.payout_confirm_transfer(provider text, provider_reference text, confirmed boolean, detail text DEFAULT NULL)
 RETURNS text
@@ -510,10 +527,7 @@ BEGIN
     IF confirmed THEN
         RETURN payoutq.complete_transfer(target);
     END IF;
-    UPDATE payoutq.transfer t
-       SET status = 'confirmation_failed', error = coalesce(detail, 'rejected by the provider'), updated_at = clock_timestamp()
-     WHERE t.id = target.id;
-    PERFORM payoutq.settle_transfer(target, 'confirmation_failed');
+    PERFORM payoutq.reject_transfer(target, detail);
     RETURN 'confirmation_failed';
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_confirm_transfer(text, text, boolean, text) IS

@@ -8,7 +8,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
                          'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
                          'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
                          'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts',
-                         'payout_stuck_transfers', 'schedules', 'sending_is_armed', 'idempotency_key', 'workers', 'xmin_holders', 'restored_jobs']),
+                         'payout_stuck_transfers', 'payout_providers', 'provider_states', 'schedules', 'sending_is_armed', 'idempotency_key', 'workers', 'xmin_holders', 'restored_jobs']),
         ('operator', ARRAY['payout_create_job', 'payout_create_job_from', 'payout_preview_job', 'payout_preview_job_from',
                            'payout_pause_job', 'payout_resume_job', 'payout_cancel_job', 'payout_retry_job',
                            'payout_trigger_job', 'payout_process', 'payout_deposit', 'payout_withdraw', 'payout_create_challenge',

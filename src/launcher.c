@@ -57,7 +57,8 @@ static void ask_for_room(void);
 static void look_after_parked(void);
 static void look_at(const DatabaseSlot *database, DatabaseSlot *copy,
 					int *residents, int *helpers);
-static bool start_worker(Oid database, bool resident, TimestampTz now);
+static bool keep_dispatcher(DatabaseSlot *database, TimestampTz now);
+static bool start_worker(Oid database, bool resident, bool dispatcher, TimestampTz now);
 static void init_worker(BackgroundWorker *worker, Oid database, int slot,
 						TimestampTz started);
 static void forget_stillborn(TimestampTz now);
@@ -235,7 +236,8 @@ keep_workers(void)
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
 		room = keep_resident(&payoutq_shared->databases[i], false, now, &nap);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
-		room = keep_helpers(&payoutq_shared->databases[i], now);
+		room = keep_dispatcher(&payoutq_shared->databases[i], now) &&
+			keep_helpers(&payoutq_shared->databases[i], now);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
 		room = keep_resident(&payoutq_shared->databases[i], true, now, &nap);
 
@@ -273,7 +275,7 @@ keep_resident(DatabaseSlot *database, bool parked, TimestampTz now, long *nap)
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database->wanted = false;
 	LWLockRelease(payoutq_shared->lock);
-	if (start_worker(copy.database, true, now))
+	if (start_worker(copy.database, true, false, now))
 		return true;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
@@ -335,8 +337,30 @@ keep_helpers(DatabaseSlot *database, TimestampTz now)
 	LWLockRelease(payoutq_shared->lock);
 
 	for (; helpers < payoutq_workers - 1; helpers++)
-		if (!start_worker(copy.database, false, now))
+		if (!start_worker(copy.database, false, false, now))
 			return false;
+	return true;
+}
+
+/* One of its own for each database that has something to send. */
+static bool
+keep_dispatcher(DatabaseSlot *database, TimestampTz now)
+{
+	DatabaseSlot copy;
+	bool		is_there;
+
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	copy = *database;
+	is_there = payoutq_has_dispatcher(copy.database);
+	LWLockRelease(payoutq_shared->lock);
+	if (!copy.sends || copy.held > 0 || copy.state != DATABASE_ACTIVE || copy.start_after > now)
+		return true;
+
+	if (!is_there && !start_worker(copy.database, false, true, now))
+		return false;
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database->sends = false;
+	LWLockRelease(payoutq_shared->lock);
 	return true;
 }
 
@@ -350,7 +374,7 @@ look_at(const DatabaseSlot *database, DatabaseSlot *copy, int *residents, int *h
 }
 
 static bool
-start_worker(Oid database, bool resident, TimestampTz now)
+start_worker(Oid database, bool resident, bool dispatcher, TimestampTz now)
 {
 	BackgroundWorker worker;
 	WorkerSlot *slot = NULL;
@@ -364,6 +388,7 @@ start_worker(Oid database, bool resident, TimestampTz now)
 		slot->state = WORKER_STARTING;
 		slot->database = database;
 		slot->resident = resident;
+		slot->dispatcher = dispatcher;
 		slot->proc = -1;
 		slot->since = now;
 	}

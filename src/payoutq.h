@@ -27,6 +27,12 @@ extern int	payoutq_max_attempts;
 extern int	payoutq_retry_base;		/* milliseconds */
 extern int	payoutq_retry_cap;		/* milliseconds */
 extern int	payoutq_lock_timeout;	/* milliseconds */
+extern int	payoutq_send_interval;	/* milliseconds */
+extern int	payoutq_send_concurrency;
+extern int	payoutq_confirm_interval;	/* milliseconds */
+extern int	payoutq_confirm_batch;
+
+#define PAYOUTQ_MAX_CALLS	1000
 
 extern void payoutq_define_settings(void);
 
@@ -102,6 +108,7 @@ typedef struct DatabaseSlot
 	DatabaseState state;
 	bool		wanted;			/* something was committed there */
 	bool		help;			/* more work than the resident can do */
+	bool		sends;			/* there are transfers to be sent */
 	int			held;			/* commands that want nobody connected */
 	uint64		generation;		/* counts wake-ups */
 	TimestampTz start_after;	/* no worker is started before */
@@ -122,6 +129,7 @@ typedef struct WorkerSlot
 	WorkerState state;
 	Oid			database;
 	bool		resident;		/* stays while the extension exists */
+	bool		dispatcher;		/* sends transfers, and nothing else */
 	bool		yield;			/* unless there is room for others no more */
 	int			pid;
 	int			proc;			/* index in ProcGlobal->allProcs */
@@ -158,6 +166,8 @@ extern int	payoutq_signal_workers(Oid database);
 extern void payoutq_count_workers(Oid database, int *residents, int *helpers);
 extern uint64 payoutq_wake_generation(Oid database);
 extern bool payoutq_call_for_help(Oid database);
+extern void payoutq_call_for_dispatcher(Oid database);
+extern bool payoutq_has_dispatcher(Oid database);
 extern void payoutq_worker_report(WorkerState state, int64 job_id,
 								  int32 batch_no);
 extern void payoutq_worker_count(int64 entries);
@@ -174,6 +184,10 @@ typedef struct PayoutqWorkerExtra
 
 extern void payoutq_register_launcher(void);
 PGDLLEXPORT void payoutq_launcher_main(Datum arg);
+
+/* dispatcher.c */
+extern bool payoutq_dispatch(long *nap);
+extern void payoutq_ask_for_dispatcher(void);
 
 /* provider.c */
 extern void payoutq_check_provider(const char *provider);

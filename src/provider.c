@@ -1,29 +1,67 @@
 /*
  * provider.c
- *		Providers: foreign servers of the wrapper payout_provider, and the
- *		validator of their options.
+ *		Providers: foreign servers of the wrapper payout_provider, their options,
+ *		and what the kinds share.
  */
 #include "postgres.h"
 
 #include "access/reloptions.h"
-#include "catalog/pg_foreign_data_wrapper.h"
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_type.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/defrem.h"
+#include "common/hmac.h"
+#include "common/sha2.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
-#include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "payoutq.h"
+#include "provider.h"
 
-static const char *const kinds[] = {"external"};
+#define DEFAULT_RATE_LIMIT	25
+#define DEFAULT_TIMEOUT_MS	80000
+#define DEFAULT_API_VERSION	"2024-06-20"
 
-static void check_kind(const char *kind);
-static void check_interval(const char *name, const char *value);
+typedef enum OptionType
+{
+	OPTION_KIND,
+	OPTION_URL,
+	OPTION_NUMBER,
+	OPTION_INTERVAL,
+	OPTION_TEXT
+} OptionType;
+
+typedef struct ProviderOption
+{
+	const char *name;
+	Oid			catalog;
+	OptionType	type;
+} ProviderOption;
+
+static const ProviderOption options_allowed[] = {
+	{"kind", ForeignServerRelationId, OPTION_KIND},
+	{"base_url", ForeignServerRelationId, OPTION_URL},
+	{"status_url", ForeignServerRelationId, OPTION_URL},
+	{"rate_limit", ForeignServerRelationId, OPTION_NUMBER},
+	{"timeout", ForeignServerRelationId, OPTION_INTERVAL},
+	{"key_life", ForeignServerRelationId, OPTION_INTERVAL},
+	{"api_version", ForeignServerRelationId, OPTION_TEXT},
+	{"api_key", UserMappingRelationId, OPTION_TEXT},
+	{"webhook_secret", UserMappingRelationId, OPTION_TEXT},
+};
+
+/* Those that the dispatcher sends to; there is "external" besides. */
+static const ProviderKind *const kinds[] = {&payoutq_stripe, &payoutq_webhook};
+
+static const ProviderKind *find_kind(const char *name);
+static void check_option(const char *name, const char *value, Oid catalog, const char *kind);
+static void check_url(const char *name, const char *value);
+static int64 interval_ms(const char *name, const char *value);
+static bool is_loopback(const char *host);
 
 PG_FUNCTION_INFO_V1(payoutq_provider_validator);
 
@@ -33,58 +71,135 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 {
 	List	   *options = untransformRelOptions(PG_GETARG_DATUM(0));
 	Oid			catalog = PG_GETARG_OID(1);
-	bool		has_kind = false;
+	const char *kind = NULL;
+	bool		has_url = false;
 	ListCell   *cell;
 
 	foreach(cell, options)
 	{
 		DefElem    *option = lfirst_node(DefElem, cell);
 
-		if (catalog == ForeignServerRelationId && strcmp(option->defname, "kind") == 0)
-		{
-			check_kind(defGetString(option));
-			has_kind = true;
-		}
-		else if (catalog == ForeignServerRelationId && strcmp(option->defname, "key_life") == 0)
-			check_interval(option->defname, defGetString(option));
-		else
-			ereport(ERROR,
-					(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
-					 errmsg("invalid option \"%s\"", option->defname),
-					 catalog == ForeignServerRelationId ?
-					 errhint("Options of a provider are kind and key_life.") :
-					 errhint("There are no options here.")));
+		check_option(option->defname, defGetString(option), catalog, kind);
+		if (strcmp(option->defname, "kind") == 0)
+			kind = defGetString(option);
+		has_url |= strcmp(option->defname, "base_url") == 0;
 	}
-	if (catalog == ForeignServerRelationId && !has_kind)
+	if (catalog != ForeignServerRelationId)
+		PG_RETURN_VOID();
+	if (kind == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 				 errmsg("a provider needs the option \"kind\""),
-				 errhint("Kinds are: external.")));
+				 errhint("Kinds are external, stripe and webhook.")));
+	if (find_kind(kind) && !has_url)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a provider of kind \"%s\" needs the option \"base_url\"", kind)));
 	PG_RETURN_VOID();
 }
 
-static void
-check_kind(const char *kind)
+static const ProviderKind *
+find_kind(const char *name)
 {
 	for (int i = 0; i < lengthof(kinds); i++)
-		if (strcmp(kind, kinds[i]) == 0)
-			return;
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("invalid kind of provider \"%s\"", kind),
-			 errhint("Kinds are: external.")));
+		if (strcmp(kinds[i]->name, name) == 0)
+			return kinds[i];
+	return NULL;
 }
 
+/* The value is not part of any message: it may be a secret. */
 static void
-check_interval(const char *name, const char *value)
+check_option(const char *name, const char *value, Oid catalog, const char *kind)
+{
+	const ProviderOption *option = NULL;
+
+	for (int i = 0; i < lengthof(options_allowed); i++)
+		if (options_allowed[i].catalog == catalog && strcmp(options_allowed[i].name, name) == 0)
+			option = &options_allowed[i];
+	if (option == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
+				 errmsg("invalid option \"%s\"", name),
+				 catalog == UserMappingRelationId ?
+				 errhint("Options of a user mapping are api_key and webhook_secret.") :
+				 errhint("Options of a provider are kind, base_url, status_url, rate_limit, timeout, key_life and api_version.")));
+
+	switch (option->type)
+	{
+		case OPTION_KIND:
+			if (find_kind(value) == NULL && strcmp(value, "external") != 0)
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("invalid kind of provider \"%s\"", value),
+						 errhint("Kinds are external, stripe and webhook.")));
+			break;
+		case OPTION_URL:
+			check_url(name, value);
+			break;
+		case OPTION_NUMBER:
+			if (strspn(value, "0123456789") != strlen(value) || strlen(value) > 6 || atoi(value) < 1)
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("option \"%s\" must be a number from 1 to 999999", name)));
+			break;
+		case OPTION_INTERVAL:
+			(void) interval_ms(name, value);
+			break;
+		case OPTION_TEXT:
+			/* It becomes a header. */
+			if (value[0] == '\0' || strpbrk(value, "\r\n") != NULL)
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("option \"%s\" must not be empty, nor have line breaks", name)));
+			break;
+	}
+}
+
+/* Without TLS, only to this machine. */
+static void
+check_url(const char *name, const char *value)
+{
+	CURLU	   *url = curl_url();
+	char	   *scheme = NULL;
+	char	   *host = NULL;
+	bool		ok = url != NULL && curl_url_set(url, CURLUPART_URL, value, 0) == CURLUE_OK &&
+		curl_url_get(url, CURLUPART_SCHEME, &scheme, 0) == CURLUE_OK &&
+		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK;
+	bool		secure = ok && strcmp(scheme, "https") == 0;
+	bool		local = ok && strcmp(scheme, "http") == 0 && is_loopback(host);
+
+	curl_free(scheme);
+	curl_free(host);
+	curl_url_cleanup(url);
+	if (!ok)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("option \"%s\" is not a URL", name)));
+	if (!secure && !local)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("option \"%s\" must begin with https://", name),
+				 errdetail("http:// is only allowed for loopback addresses.")));
+}
+
+static bool
+is_loopback(const char *host)
+{
+	return strcmp(host, "127.0.0.1") == 0 || strcmp(host, "[::1]") == 0 ||
+		strcmp(host, "localhost") == 0;
+}
+
+static int64
+interval_ms(const char *name, const char *value)
 {
 	Interval   *interval = DatumGetIntervalP(DirectFunctionCall3(interval_in, CStringGetDatum(value),
 																 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
 
-	if (interval->month < 0 || interval->day < 0 || interval->time < 0)
+	if (interval->month != 0 || interval->day < 0 || interval->day > 3650 || interval->time < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("option \"%s\" must not be negative", name)));
+				 errmsg("option \"%s\" must be a time of up to 3650 days", name)));
+	return interval->time / 1000 + interval->day * INT64CONST(86400000);
 }
 
 /* It exists, and the current user may use it; as for a foreign table. */
@@ -104,4 +219,101 @@ payoutq_check_provider(const char *provider)
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for provider \"%s\"", provider),
 				 errhint("GRANT USAGE ON FOREIGN SERVER lets a role use it.")));
+}
+
+/* Options as payoutq.sending_providers() has them: name, value, ... */
+void
+payoutq_configure_provider(Provider *provider, Datum options)
+{
+	MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
+	Datum	   *words;
+	int			count;
+
+	provider->rate_limit = DEFAULT_RATE_LIMIT;
+	provider->timeout_ms = DEFAULT_TIMEOUT_MS;
+	provider->api_version = pstrdup(DEFAULT_API_VERSION);
+	provider->base_url = provider->status_url = provider->secret = NULL;
+	deconstruct_array(DatumGetArrayTypePCopy(options), TEXTOID, -1, false, TYPALIGN_INT, &words, NULL, &count);
+	for (int i = 0; i + 1 < count; i += 2)
+	{
+		char	   *name = TextDatumGetCString(words[i]);
+		char	   *value = TextDatumGetCString(words[i + 1]);
+
+		if (strcmp(name, "kind") == 0)
+			provider->kind = find_kind(value);
+		else if (strcmp(name, "base_url") == 0)
+			provider->base_url = value;
+		else if (strcmp(name, "status_url") == 0)
+			provider->status_url = value;
+		else if (strcmp(name, "rate_limit") == 0)
+			provider->rate_limit = atoi(value);
+		else if (strcmp(name, "timeout") == 0)
+			provider->timeout_ms = (int) Min(interval_ms(name, value), INT_MAX);
+		else if (strcmp(name, "api_version") == 0)
+			provider->api_version = value;
+		else if (strcmp(name, "api_key") == 0 || strcmp(name, "webhook_secret") == 0)
+		{
+			/* A service of the application gets signatures, others a key. */
+			if ((strcmp(name, "api_key") == 0) == (provider->kind != &payoutq_webhook))
+				provider->secret = value;
+		}
+	}
+	provider->problem = provider->secret ? NULL : provider->kind == &payoutq_webhook ?
+		"there is no user mapping for PUBLIC with the option webhook_secret" :
+		"there is no user mapping for PUBLIC with the option api_key";
+	MemoryContextSwitchTo(caller);
+}
+
+/* In hexadecimal; RFC 2104. */
+char *
+payoutq_hmac_sha256(const char *secret, const char *text, int length)
+{
+	pg_hmac_ctx *context = pg_hmac_create(PG_SHA256);
+	uint8		hash[PG_SHA256_DIGEST_LENGTH];
+	char	   *hex = palloc(2 * sizeof(hash) + 1);
+
+	if (context == NULL ||
+		pg_hmac_init(context, (const uint8 *) secret, strlen(secret)) < 0 ||
+		pg_hmac_update(context, (const uint8 *) text, length) < 0 ||
+		pg_hmac_final(context, hash, sizeof(hash)) < 0)
+		elog(ERROR, "could not compute a signature");
+	pg_hmac_free(context);
+	for (int i = 0; i < sizeof(hash); i++)
+		snprintf(hex + 2 * i, 3, "%02x", hash[i]);
+	return hex;
+}
+
+/*
+ * The text at the path in what should be JSON; NULL if it is not, or has nothing
+ * there.  Parsing takes no lock and holds nothing, so that an error of it needs
+ * no rollback.
+ */
+char *
+payoutq_json_text(const char *json, int length, const char *const *path, int depth)
+{
+	MemoryContext context = CurrentMemoryContext;
+	char	   *volatile result = NULL;
+
+	if (strlen(json) != length)
+		return NULL;
+	PG_TRY();
+	{
+		Datum		value = DirectFunctionCall1(jsonb_in, CStringGetDatum(json));
+		Datum	   *keys = palloc(depth * sizeof(Datum));
+		bool		isnull;
+		Datum		found;
+
+		for (int i = 0; i < depth; i++)
+			keys[i] = CStringGetTextDatum(path[i]);
+		found = jsonb_get_element(DatumGetJsonbP(value), keys, depth, &isnull, true);
+		if (!isnull)
+			result = TextDatumGetCString(found);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	return result;
 }

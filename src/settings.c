@@ -22,6 +22,10 @@ int			payoutq_lock_timeout;
 static int	payoutq_notification_window;
 static int	payoutq_retention;
 static int	payoutq_confirm_timeout;
+int			payoutq_send_interval;
+int			payoutq_send_concurrency;
+int			payoutq_confirm_interval;
+int			payoutq_confirm_batch;
 
 typedef struct IntSetting
 {
@@ -52,6 +56,14 @@ static const IntSetting settings[] = {
 	&payoutq_lock_timeout, 2000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
 	{"payoutq.notification_window", "Sets the time within which nobody is told the same of the same challenge twice.",
 	&payoutq_notification_window, 1800, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
+	{"payoutq.send_interval", "Sets the time after which the dispatcher looks for transfers without being woken.",
+	&payoutq_send_interval, 4000, 100, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+	{"payoutq.send_concurrency", "Sets the number of calls to a provider that may be under way at once.",
+	&payoutq_send_concurrency, 50, 1, PAYOUTQ_MAX_CALLS, PGC_SIGHUP, 0},
+	{"payoutq.confirm_interval", "Sets the time after which a provider is asked again about a transfer that was sent.",
+	&payoutq_confirm_interval, 2000, 100, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS},
+	{"payoutq.confirm_batch", "Sets the number of questions to a provider about transfers that may be under way at once.",
+	&payoutq_confirm_batch, 20, 1, PAYOUTQ_MAX_CALLS, PGC_SIGHUP, 0},
 	{"payoutq.confirm_timeout", "Sets the time after which a transfer that does not move is stuck.",
 	&payoutq_confirm_timeout, 300, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
 	{"payoutq.retention", "Sets the time after which payout_maintain() removes notifications; 0 keeps them.",

@@ -240,7 +240,7 @@ payoutq_set_latches(Oid database)
 
 		if (worker->state == WORKER_FREE || worker->database != database)
 			continue;
-		found = true;
+		found |= !worker->dispatcher;
 		if (worker->state != WORKER_STARTING)
 			set_latch_of(worker->proc);
 	}
@@ -263,7 +263,7 @@ payoutq_count_workers(Oid database, int *residents, int *helpers)
 	{
 		WorkerSlot *worker = &payoutq_shared->workers[i];
 
-		if (worker->state == WORKER_FREE || worker->database != database)
+		if (worker->state == WORKER_FREE || worker->database != database || worker->dispatcher)
 			continue;
 		if (worker->resident)
 			(*residents)++;
@@ -353,6 +353,35 @@ payoutq_call_for_help(Oid database)
 	}
 	LWLockRelease(payoutq_shared->lock);
 	return asked;
+}
+
+/* With the lock held. */
+bool
+payoutq_has_dispatcher(Oid database)
+{
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state != WORKER_FREE && worker->database == database && worker->dispatcher)
+			return true;
+	}
+	return false;
+}
+
+void
+payoutq_call_for_dispatcher(Oid database)
+{
+	DatabaseSlot *slot;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	slot = payoutq_database_slot(database, false);
+	if (slot && !slot->sends && !payoutq_has_dispatcher(database))
+	{
+		slot->sends = true;
+		set_latch_of(payoutq_shared->launcher_proc);
+	}
+	LWLockRelease(payoutq_shared->lock);
 }
 
 /* For pg_stat_activity and for payout_workers. */

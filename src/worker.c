@@ -37,6 +37,7 @@
 
 /* A helper leaves after so long without work. */
 #define HELPER_PATIENCE_MS	5000
+#define DISPATCHER_PATIENCE_MS	60000
 
 /* Without shared memory nobody can wake us. */
 #define UNSUPERVISED_NAP_MS	1000
@@ -52,6 +53,8 @@ static void detach(int code, Datum arg);
 static void report_database(DatabaseState state, bool worked);
 static void prepare_session(void);
 static void require_extension(void);
+static bool is_dispatcher(void);
+static bool dispatch(long *nap);
 static bool work(long *nap);
 static bool is_superfluous(TimestampTz worked_at);
 static void wait_for_work(long nap);
@@ -88,12 +91,13 @@ payoutq_worker_main(Datum arg)
 			payoutq_engine_settings_for_process();
 		}
 
-		busy = work(&nap);
+		busy = is_dispatcher() ? dispatch(&nap) : work(&nap);
 		if (busy)
 			worked_at = GetCurrentTimestamp();
 		if (is_superfluous(worked_at))
 			proc_exit(0);
-		if (payoutq_my_slot && payoutq_my_slot->yield && !busy && nap >= payoutq_interval * 1000L)
+		if (payoutq_my_slot && payoutq_my_slot->yield && !busy && !is_dispatcher() &&
+			nap >= payoutq_interval * 1000L)
 		{
 			report_database(DATABASE_PARKED, true);
 			proc_exit(0);
@@ -195,6 +199,7 @@ prepare_session(void)
 
 	snprintf(name, sizeof(name), "payoutq worker%s",
 			 unsupervised ? " (unsupervised)" :
+			 payoutq_my_slot->dispatcher ? " (dispatcher)" :
 			 payoutq_my_slot->resident ? "" : " (helper)");
 	pgstat_report_appname(name);
 	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
@@ -236,6 +241,8 @@ work(long *nap)
 	SPI_connect();
 	now = GetCurrentTimestamp();
 	due = payoutq_next_due(now);
+	if (payoutq_shared)
+		payoutq_ask_for_dispatcher();
 	SPI_finish();
 	PopActiveSnapshot();
 	CommitTransactionCommand();
@@ -251,6 +258,32 @@ work(long *nap)
 	if (due != 0)
 		*nap = Min(*nap, TimestampDifferenceMilliseconds(now, due) + 1);
 	return batches >= BATCHES_PER_ROUND;
+}
+
+static bool
+is_dispatcher(void)
+{
+	return payoutq_my_slot && payoutq_my_slot->dispatcher;
+}
+
+/* Leaves by itself when there has been nothing to send for a while. */
+static bool
+dispatch(long *nap)
+{
+	static TimestampTz idle_since = 0;
+	TimestampTz now = GetCurrentTimestamp();
+	bool		busy;
+
+	busy = payoutq_dispatch(nap);
+	if (busy || idle_since == 0)
+		idle_since = now;
+	if (*nap < 0)
+	{
+		if (TimestampDifferenceExceeds(idle_since, now, DISPATCHER_PATIENCE_MS))
+			proc_exit(0);
+		*nap = DISPATCHER_PATIENCE_MS;
+	}
+	return busy;
 }
 
 /* Lock it for this transaction; without it, there is nothing to do here. */
@@ -291,7 +324,7 @@ is_superfluous(TimestampTz worked_at)
 
 	if (unwanted || payoutq_workers == 0)
 		return true;
-	return !payoutq_my_slot->resident &&
+	return !payoutq_my_slot->resident && !payoutq_my_slot->dispatcher &&
 		(residents + helpers > payoutq_workers ||
 		 TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS));
 }

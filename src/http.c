@@ -1,0 +1,232 @@
+/*
+ * http.c
+ *		Calls over HTTP, many at once, with libcurl's multi interface.
+ *
+ * libcurl is not told to call back into code that can throw: what it reads goes
+ * into the call's own buffer.  Its resolver uses threads, which must not get
+ * our signals, so all are blocked while it runs.
+ */
+#include "postgres.h"
+
+#include "libpq/pqsignal.h"
+#include "utils/memutils.h"
+
+#include "provider.h"
+
+#define CONNECT_TIMEOUT_MS	10000
+
+static CURLM *multi = NULL;
+static int	calls = 0;
+
+static void begin(void);
+static void block_signals(sigset_t *before);
+static size_t write_answer(char *data, size_t size, size_t count, void *arg);
+static void classify(Call *call);
+
+static void
+begin(void)
+{
+	if (multi)
+		return;
+	if (curl_global_init(CURL_GLOBAL_DEFAULT) != 0 || (multi = curl_multi_init()) == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("could not initialize libcurl")));
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) PAYOUTQ_MAX_CALLS);
+}
+
+static void
+block_signals(sigset_t *before)
+{
+	sigprocmask(SIG_SETMASK, &BlockSig, before);
+}
+
+/* The call is the caller's again when payoutq_http_done() returns it. */
+void
+payoutq_http_start(Call *call)
+{
+	CURL	   *h;
+	sigset_t	before;
+
+	begin();
+	block_signals(&before);
+	call->handle = h = curl_easy_init();
+	if (h)
+	{
+		curl_easy_setopt(h, CURLOPT_PRIVATE, call);
+		curl_easy_setopt(h, CURLOPT_URL, call->url);
+		curl_easy_setopt(h, CURLOPT_PROTOCOLS_STR, "http,https");
+		curl_easy_setopt(h, CURLOPT_FOLLOWLOCATION, 0L);
+		curl_easy_setopt(h, CURLOPT_SSL_VERIFYPEER, 1L);
+		curl_easy_setopt(h, CURLOPT_SSL_VERIFYHOST, 2L);
+		curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);
+		curl_easy_setopt(h, CURLOPT_PROXY, "");
+		curl_easy_setopt(h, CURLOPT_CONNECTTIMEOUT_MS, (long) CONNECT_TIMEOUT_MS);
+		curl_easy_setopt(h, CURLOPT_TIMEOUT_MS, (long) call->provider->timeout_ms);
+		curl_easy_setopt(h, CURLOPT_USERAGENT, "payoutq/" PAYOUTQ_VERSION);
+		curl_easy_setopt(h, CURLOPT_WRITEFUNCTION, write_answer);
+		curl_easy_setopt(h, CURLOPT_WRITEDATA, call);
+		curl_easy_setopt(h, CURLOPT_HTTPHEADER, call->headers);
+		if (call->body)
+		{
+			curl_easy_setopt(h, CURLOPT_POSTFIELDS, call->body);
+			curl_easy_setopt(h, CURLOPT_POSTFIELDSIZE, (long) strlen(call->body));
+		}
+		if (curl_multi_add_handle(multi, h) != CURLM_OK)
+		{
+			curl_easy_cleanup(h);
+			h = NULL;
+		}
+	}
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	if (h == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("could not start a call with libcurl")));
+	calls++;
+}
+
+static size_t
+write_answer(char *data, size_t size, size_t count, void *arg)
+{
+	Call	   *call = arg;
+	size_t		length = size * count;
+
+	if (call->length + length > MAX_ANSWER)
+	{
+		call->too_long = true;
+		return 0;
+	}
+	memcpy(call->answer + call->length, data, length);
+	call->length += length;
+	call->answer[call->length] = '\0';
+	return length;
+}
+
+/* Until something happens, at most so long. */
+void
+payoutq_http_wait(int milliseconds)
+{
+	sigset_t	before;
+	int			running;
+
+	if (calls == 0)
+		return;
+	block_signals(&before);
+	(void) curl_multi_perform(multi, &running);
+	if (running == calls)
+		(void) curl_multi_poll(multi, NULL, 0, milliseconds, NULL);
+	(void) curl_multi_perform(multi, &running);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+}
+
+/* A call that has ended, with what it means; NULL: there is none now. */
+Call *
+payoutq_http_done(void)
+{
+	CURLMsg    *message;
+	int			left;
+
+	if (calls == 0)
+		return NULL;
+	while ((message = curl_multi_info_read(multi, &left)) != NULL)
+	{
+		Call	   *call;
+
+		if (message->msg != CURLMSG_DONE)
+			continue;
+		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &call);
+		call->code = message->data.result;
+		curl_easy_getinfo(call->handle, CURLINFO_RESPONSE_CODE, &call->http_status);
+		calls--;
+		classify(call);
+		return call;
+	}
+	return NULL;
+}
+
+/*
+ * Without an answer: what was never sent is tried again, and of all else nobody
+ * knows.
+ */
+static void
+classify(Call *call)
+{
+	double		sent_after = 0;
+	MemoryContext caller = MemoryContextSwitchTo(call->context);
+
+	call->retry_after = -1;
+	if (call->code == CURLE_OK)
+		call->provider->kind->read_answer(call);
+	else
+	{
+		curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);
+		call->outcome = sent_after == 0 ? CALL_TRANSIENT : CALL_UNKNOWN;
+		call->reason = call->too_long ? psprintf("the answer is longer than %d bytes", MAX_ANSWER) :
+			pstrdup(curl_easy_strerror(call->code));
+	}
+	MemoryContextSwitchTo(caller);
+}
+
+int
+payoutq_http_calls(void)
+{
+	return calls;
+}
+
+void
+payoutq_http_free(Call *call)
+{
+	sigset_t	before;
+
+	block_signals(&before);
+	if (call->handle)
+	{
+		curl_multi_remove_handle(multi, call->handle);
+		curl_easy_cleanup(call->handle);
+	}
+	curl_slist_free_all(call->headers);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	MemoryContextDelete(call->context);
+}
+
+void
+payoutq_http_header(Call *call, const char *header)
+{
+	struct curl_slist *headers = curl_slist_append(call->headers, header);
+
+	if (headers == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	call->headers = headers;
+}
+
+/* NULL: it has none of that name. */
+char *
+payoutq_http_answer_header(const Call *call, const char *name)
+{
+	struct curl_header *header;
+
+	if (curl_easy_header(call->handle, name, 0, CURLH_HEADER, -1, &header) != CURLHE_OK)
+		return NULL;
+	return pstrdup(header->value);
+}
+
+/* For a form or a URL; RFC 3986. */
+char *
+payoutq_http_escape(const char *text)
+{
+	StringInfoData escaped;
+
+	initStringInfo(&escaped);
+	for (const unsigned char *c = (const unsigned char *) text; *c; c++)
+	{
+		if ((*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || (*c >= '0' && *c <= '9') ||
+			strchr("-._~", *c) != NULL)
+			appendStringInfoChar(&escaped, *c);
+		else
+			appendStringInfo(&escaped, "%%%02X", *c);
+	}
+	return escaped.data;
+}

@@ -1,0 +1,113 @@
+/*
+ * provider.h
+ *		What the dispatcher, the calls over HTTP and the kinds of providers share.
+ */
+#ifndef PAYOUTQ_PROVIDER_H
+#define PAYOUTQ_PROVIDER_H
+
+#include <curl/curl.h>
+
+#include "lib/stringinfo.h"
+#include "payoutq.h"
+
+/* What came of a call, by what the provider said. */
+typedef enum CallOutcome
+{
+	CALL_COMPLETED,				/* the money has moved */
+	CALL_SENT,					/* accepted, to be confirmed */
+	CALL_TRANSIENT,				/* not done: try again */
+	CALL_PERMANENT,				/* not done, and never will be */
+	CALL_UNKNOWN,				/* nobody knows: the same key again */
+	CALL_THROTTLED,				/* not looked at: too many calls */
+	CALL_REFUSED,				/* not looked at: nobody's would be */
+	CALL_REJECTED				/* of a confirmation: it will not happen */
+} CallOutcome;
+
+typedef struct Provider
+{
+	char	   *name;
+	const struct ProviderKind *kind;
+	char	   *base_url;
+	char	   *status_url;		/* or NULL */
+	char	   *api_version;
+	char	   *secret;			/* never logged */
+	int			rate_limit;		/* calls a second */
+	int			timeout_ms;
+	TimestampTz open_until;		/* nothing is sent before; 0: at once */
+	const char *problem;		/* of the configuration; NULL: none */
+
+	double		tokens;			/* of the bucket that rate_limit fills */
+	TimestampTz filled_at;
+	int			sending;		/* calls under way */
+	int			confirming;
+	bool		gone;
+} Provider;
+
+#define MAX_ANSWER	(64 * 1024)
+
+typedef struct Call
+{
+	Provider   *provider;
+	bool		is_confirmation;
+	MemoryContext context;		/* of the call and all that it points to */
+
+	/* the transfer: frozen columns, from which the request is built */
+	int64		transfer_id;
+	char	   *token;
+	int			attempt;
+	char	   *idempotency_key;
+	char	   *user_id;
+	char	   *destination;
+	int64		amount;
+	char	   *currency;
+	int64		job_id;
+	int			entry;
+	char	   *reference;		/* the provider's */
+
+	/* the request */
+	char	   *url;
+	char	   *body;			/* NULL: a GET */
+	struct curl_slist *headers;
+	CURL	   *handle;
+
+	/* the answer */
+	CURLcode	code;
+	long		http_status;
+	char		answer[MAX_ANSWER + 1];
+	int			length;
+	bool		too_long;
+
+	/* what it means */
+	CallOutcome outcome;
+	char	   *reason;
+	int			retry_after;	/* seconds; -1: not said */
+} Call;
+
+typedef struct ProviderKind
+{
+	const char *name;
+	void		(*send) (Call *call);	/* builds the request */
+	bool		(*can_confirm) (const Provider *provider);
+	void		(*confirm) (Call *call);
+	void		(*read_answer) (Call *call);	/* an HTTP answer has come */
+} ProviderKind;
+
+extern const ProviderKind payoutq_stripe;
+extern const ProviderKind payoutq_webhook;
+
+/* provider.c */
+extern void payoutq_configure_provider(Provider *provider, Datum options);
+extern char *payoutq_hmac_sha256(const char *secret, const char *text, int length);
+extern char *payoutq_json_text(const char *json, int length, const char *const *path, int depth);
+
+/* http.c */
+extern void payoutq_http_start(Call *call);
+extern void payoutq_http_wait(int milliseconds);
+extern Call *payoutq_http_done(void);
+extern int	payoutq_http_calls(void);
+extern void payoutq_http_free(Call *call);
+extern void payoutq_http_header(Call *call, const char *header);
+extern char *payoutq_http_answer_header(const Call *call, const char *name);
+extern char *payoutq_http_escape(const char *text);
+
+#endif							/* PAYOUTQ_PROVIDER_H */

@@ -1,0 +1,164 @@
+/*
+ * stripe.c
+ *		Providers of kind "stripe": transfers to connected accounts.
+ *
+ * https://docs.stripe.com/api/transfers, /api/idempotent_requests, /rate-limits,
+ * /error-low-level.  The body is built from frozen columns only, so that a
+ * replay is the same to the byte.  An error that the endpoint has executed is
+ * stored under the key; a parameter error, a conflict and a throttled call are
+ * not.
+ */
+#include "postgres.h"
+
+#include "provider.h"
+
+#define AUTHORIZATION	"Authorization: Bearer %s"
+
+static void build_send(Call *call);
+static bool can_confirm(const Provider *provider);
+static void build_confirm(Call *call);
+static void read_answer(Call *call);
+static void read_transfer(Call *call);
+static void read_error(Call *call);
+static void add_headers(Call *call);
+static char *lower(const char *text);
+
+const ProviderKind payoutq_stripe = {
+	.name = "stripe",
+	.send = build_send,
+	.can_confirm = can_confirm,
+	.confirm = build_confirm,
+	.read_answer = read_answer
+};
+
+static void
+build_send(Call *call)
+{
+	StringInfoData body;
+
+	initStringInfo(&body);
+	appendStringInfo(&body, "amount=" INT64_FORMAT "&currency=%s&destination=%s",
+					 call->amount, payoutq_http_escape(lower(call->currency)),
+					 payoutq_http_escape(call->destination));
+	appendStringInfo(&body, "&transfer_group=payoutq%%3A" INT64_FORMAT, call->job_id);
+	appendStringInfo(&body, "&metadata%%5Bpayoutq_transfer%%5D=" INT64_FORMAT
+					 "&metadata%%5Bpayoutq_key%%5D=%s",
+					 call->transfer_id, payoutq_http_escape(call->idempotency_key));
+	call->url = psprintf("%s/v1/transfers", call->provider->base_url);
+	call->body = body.data;
+	add_headers(call);
+	payoutq_http_header(call, psprintf("Idempotency-Key: %s", call->idempotency_key));
+}
+
+static bool
+can_confirm(const Provider *provider)
+{
+	return true;
+}
+
+/* Read it again: that it is there is the confirmation. */
+static void
+build_confirm(Call *call)
+{
+	call->url = psprintf("%s/v1/transfers/%s", call->provider->base_url,
+						 payoutq_http_escape(call->reference));
+	add_headers(call);
+}
+
+static void
+add_headers(Call *call)
+{
+	payoutq_http_header(call, psprintf(AUTHORIZATION, call->provider->secret));
+	payoutq_http_header(call, psprintf("Stripe-Version: %s", call->provider->api_version));
+}
+
+static char *
+lower(const char *text)
+{
+	char	   *copy = pstrdup(text);
+
+	for (char *c = copy; *c; c++)
+		*c = pg_ascii_tolower((unsigned char) *c);
+	return copy;
+}
+
+static void
+read_answer(Call *call)
+{
+	char	   *retry_after = payoutq_http_answer_header(call, "Retry-After");
+
+	if (retry_after && strspn(retry_after, "0123456789") == strlen(retry_after))
+		call->retry_after = Min(atoi(retry_after), 3600);
+	if (call->http_status == 200)
+		read_transfer(call);
+	else
+		read_error(call);
+}
+
+static char *
+field(Call *call, const char *name)
+{
+	return payoutq_json_text(call->answer, call->length, &name, 1);
+}
+
+/* It is the one that we meant. */
+static void
+read_transfer(Call *call)
+{
+	char	   *id = field(call, "id");
+	char	   *amount = field(call, "amount");
+	char	   *currency = field(call, "currency");
+	char	   *destination = field(call, "destination");
+
+	if (id == NULL || amount == NULL || currency == NULL || destination == NULL ||
+		strtoll(amount, NULL, 10) != call->amount || pg_strcasecmp(currency, call->currency) != 0 ||
+		strcmp(destination, call->destination) != 0)
+	{
+		call->outcome = CALL_UNKNOWN;
+		call->reason = pstrdup("the answer is not the transfer that was asked for");
+		return;
+	}
+	call->reference = id;
+	call->outcome = call->is_confirmation ? CALL_COMPLETED : CALL_SENT;
+	if (call->is_confirmation && strcmp(field(call, "reversed") ? field(call, "reversed") : "", "true") == 0)
+	{
+		call->outcome = CALL_REJECTED;
+		call->reason = pstrdup("reversed at the provider");
+	}
+}
+
+static void
+read_error(Call *call)
+{
+	const char *const type_path[] = {"error", "type"};
+	const char *const code_path[] = {"error", "code"};
+	char	   *type = payoutq_json_text(call->answer, call->length, type_path, 2);
+	char	   *code = payoutq_json_text(call->answer, call->length, code_path, 2);
+
+	call->reason = psprintf("HTTP %ld%s%s%s%s", call->http_status, type ? " " : "", type ? type : "",
+							code ? " " : "", code ? code : "");
+	switch (call->http_status)
+	{
+		case 400:
+		case 402:
+			/* What was done under the key was asked for with another body. */
+			call->outcome = type && strcmp(type, "idempotency_error") == 0 ? CALL_UNKNOWN : CALL_PERMANENT;
+			break;
+		case 401:
+		case 403:
+			call->outcome = CALL_REFUSED;
+			break;
+		case 404:
+			call->outcome = CALL_PERMANENT;
+			break;
+		case 429:
+			call->outcome = payoutq_http_answer_header(call, "Stripe-Rate-Limited-Reason") ?
+				CALL_THROTTLED : CALL_TRANSIENT;
+			break;
+		default:
+			/* 409: the first call with the key is still going on */
+			call->outcome = CALL_UNKNOWN;
+	}
+	if (call->is_confirmation)
+		call->outcome = call->outcome == CALL_REFUSED ? CALL_REFUSED : CALL_UNKNOWN;
+}

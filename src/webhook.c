@@ -1,0 +1,141 @@
+/*
+ * webhook.c
+ *		Providers of kind "webhook": a signed POST to a service of the application,
+ *		which moves the money by whatever rail it has.
+ *
+ * POST base_url, Content-Type application/json:
+ *		{"transfer_id", "idempotency_key", "attempt", ...}
+ * with Payoutq-Signature: t=<unix time>,v1=<HMAC-SHA256 of "t.body", hexadecimal>
+ * and Idempotency-Key.  It answers 200 with
+ *		{"status": "sent" | "completed" | "failed", "reference", "class", "reason"}
+ * where class is transient, permanent or unknown.  With status_url, what was sent
+ * is asked for again: GET status_url?reference=<reference>, with the same answer.
+ */
+#include "postgres.h"
+
+#include <time.h>
+
+#include "utils/json.h"
+
+#include "provider.h"
+
+static void build_send(Call *call);
+static bool can_confirm(const Provider *provider);
+static void build_confirm(Call *call);
+static void read_answer(Call *call);
+static void read_status(Call *call);
+static void sign(Call *call, const char *text);
+
+const ProviderKind payoutq_webhook = {
+	.name = "webhook",
+	.send = build_send,
+	.can_confirm = can_confirm,
+	.confirm = build_confirm,
+	.read_answer = read_answer
+};
+
+static void
+add_text(StringInfo body, const char *name, const char *value)
+{
+	appendStringInfo(body, ", \"%s\": ", name);
+	escape_json(body, value);
+}
+
+static void
+build_send(Call *call)
+{
+	StringInfoData body;
+
+	initStringInfo(&body);
+	appendStringInfo(&body, "{\"transfer_id\": " INT64_FORMAT ", \"job_id\": " INT64_FORMAT
+					 ", \"entry\": %d, \"amount\": " INT64_FORMAT,
+					 call->transfer_id, call->job_id, call->entry, call->amount);
+	add_text(&body, "currency", call->currency);
+	add_text(&body, "user_id", call->user_id);
+	add_text(&body, "destination", call->destination);
+	add_text(&body, "idempotency_key", call->idempotency_key);
+	appendStringInfoChar(&body, '}');
+
+	call->url = call->provider->base_url;
+	call->body = body.data;
+	payoutq_http_header(call, "Content-Type: application/json");
+	payoutq_http_header(call, psprintf("Idempotency-Key: %s", call->idempotency_key));
+	sign(call, call->body);
+}
+
+static bool
+can_confirm(const Provider *provider)
+{
+	return provider->status_url != NULL;
+}
+
+static void
+build_confirm(Call *call)
+{
+	call->url = psprintf("%s%creference=%s", call->provider->status_url,
+						 strchr(call->provider->status_url, '?') ? '&' : '?',
+						 payoutq_http_escape(call->reference));
+	sign(call, call->reference);
+}
+
+static void
+sign(Call *call, const char *text)
+{
+	char	   *now = psprintf("%lld", (long long) time(NULL));
+	char	   *signed_text = psprintf("%s.%s", now, text);
+
+	payoutq_http_header(call, psprintf("Payoutq-Signature: t=%s,v1=%s", now,
+									   payoutq_hmac_sha256(call->provider->secret, signed_text, strlen(signed_text))));
+}
+
+static void
+read_answer(Call *call)
+{
+	char	   *retry_after = payoutq_http_answer_header(call, "Retry-After");
+
+	if (retry_after && strspn(retry_after, "0123456789") == strlen(retry_after))
+		call->retry_after = Min(atoi(retry_after), 3600);
+	call->reason = psprintf("HTTP %ld", call->http_status);
+	if (call->http_status == 200)
+		read_status(call);
+	else if (call->http_status == 401 || call->http_status == 403)
+		call->outcome = CALL_REFUSED;
+	else if (call->http_status == 429)
+		call->outcome = CALL_THROTTLED;
+	else if (call->http_status == 400 || call->http_status == 404 || call->http_status == 422)
+		call->outcome = call->is_confirmation ? CALL_UNKNOWN : CALL_PERMANENT;
+	else
+		call->outcome = CALL_UNKNOWN;
+}
+
+static char *
+field(Call *call, const char *name)
+{
+	return payoutq_json_text(call->answer, call->length, &name, 1);
+}
+
+static void
+read_status(Call *call)
+{
+	char	   *status = field(call, "status");
+	char	   *reference = field(call, "reference");
+	char	   *class = field(call, "class");
+	char	   *reason = field(call, "reason");
+
+	call->outcome = CALL_UNKNOWN;
+	if (reason)
+		call->reason = reason;
+	if (status && strcmp(status, "completed") == 0)
+		call->outcome = CALL_COMPLETED;
+	else if (status && strcmp(status, "sent") == 0 && (reference || call->is_confirmation))
+		call->outcome = call->is_confirmation ? CALL_UNKNOWN : CALL_SENT;
+	else if (status && strcmp(status, "failed") == 0 && call->is_confirmation)
+		call->outcome = CALL_REJECTED;
+	else if (status && strcmp(status, "failed") == 0 && class)
+		call->outcome = strcmp(class, "permanent") == 0 ? CALL_PERMANENT :
+			strcmp(class, "transient") == 0 ? CALL_TRANSIENT : CALL_UNKNOWN;
+	else
+		call->reason = pstrdup("the answer says neither sent, completed nor failed");
+	if (!call->is_confirmation)
+		call->reference = reference;
+}
