@@ -271,10 +271,25 @@ BEGIN
     RAISE EXCEPTION 'transfer % does not exist', coalesce(transfer_id::text, 'null') USING ERRCODE = 'undefined_object';
 END $$;
 
+-- How long a provider is sure to know a key. Then nothing is sent under it again.
+CREATE FUNCTION payoutq.key_life(provider text) RETURNS interval
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
+$$;
+
+-- A key that was used three times with no answer, or that the provider may have
+-- forgotten: it is looked what has been done under it.
+CREATE FUNCTION payoutq.wants_lookup(t payoutq.transfer) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT t.status IN ('unknown', 'processing') AND t.maybe_sent
+       AND (t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent_at + payoutq.key_life(t.provider))
+$$;
+
 -- A claim lasts as long as its lease. A lease that ends without a report is an
 -- attempt with an unknown outcome: the next one uses the same key. Destinations
 -- can be left out, and then each is claimed for once.
-CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL)
+CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL,
+                                         without_lookups boolean DEFAULT false)
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
                amount bigint, currency text, job_id bigint, entry integer)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
@@ -287,6 +302,7 @@ BEGIN
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
+           AND NOT (without_lookups AND payoutq.wants_lookup(t))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
     ), due AS (
         SELECT l.id, l.status, l.attempts
@@ -460,7 +476,8 @@ BEGIN
     UPDATE payoutq.transfer
        SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
            first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
-           run_after = CASE WHEN outcome = 'unknown' AND next_try > first_sent_at + payoutq.key_life(provider) THEN 'infinity'
+           run_after = CASE WHEN outcome = 'unknown' AND payoutq.provider_kind(provider) <> 'stripe'
+                                 AND next_try > first_sent_at + payoutq.key_life(provider) THEN 'infinity'
                             ELSE next_try END
      WHERE id = t.id;
     IF outcome = 'failed_terminal' THEN
@@ -481,12 +498,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_failed(bigint, uuid, text, text) IS
 'reports that the transfer was not made (permanent: never will be; transient: try again) or that nobody knows (unknown), and returns the new status: retryable, failed_terminal, or unknown, which is tried again under the same key; errors: 22023, 42704, 55000 (late report)';
-
--- How long a provider is sure to know a key. Then nothing is sent under it again.
-CREATE FUNCTION payoutq.key_life(provider text) RETURNS interval
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
-$$;
 
 CREATE FUNCTION payoutq.reject_transfer(t payoutq.transfer, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -533,7 +544,19 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_confirm_transfer(text, text, boolean, text) IS
 'records what the provider says of a transfer that was sent, and returns its status: completed (sent, if the callback has failed) or confirmation_failed, which gives the money back to the user; saying it again changes nothing; errors: 22023, 42704, 55000';
 
--- A new key, and only after a definite rejection. The money is held again.
+-- A new key, unless the present one was never used. Only for what was
+-- definitely not done under the present one.
+CREATE FUNCTION payoutq.next_generation(t payoutq.transfer, destination text) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE payoutq.transfer
+       SET status = 'pending', destination = next_generation.destination,
+           generation = generation + CASE WHEN attempts > 0 THEN 1 ELSE 0 END,
+           first_attempt = attempts + 1, maybe_sent = false, first_sent_at = NULL, token = NULL, provider_reference = NULL,
+           run_after = clock_timestamp(), error = NULL, updated_at = clock_timestamp()
+     WHERE id = t.id
+$$;
+
+-- After a definite rejection. The money is held again.
 CREATE FUNCTION @extschema@.payout_retry_transfer(transfer_id bigint) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
@@ -569,11 +592,7 @@ BEGIN
     END IF;
 
     PERFORM payoutq.change_balance(target.user_id, target.currency, -target.amount);
-    UPDATE payoutq.transfer t
-       SET status = 'pending', destination = destination, generation = t.generation + CASE WHEN t.attempts > 0 THEN 1 ELSE 0 END,
-           first_attempt = t.attempts + 1, maybe_sent = false, first_sent_at = NULL, token = NULL, provider_reference = NULL,
-           run_after = clock_timestamp(), error = NULL, updated_at = clock_timestamp()
-     WHERE t.id = target.id;
+    PERFORM payoutq.next_generation(target, destination);
     INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, transfer_id)
     VALUES ('hold', target.user_id, '@transit:' || target.provider, target.currency, target.amount, target.job_id,
             target.entry_seq, target.id);

@@ -122,6 +122,54 @@ BEGIN
     END CASE;
 END $$;
 
+CREATE FUNCTION payoutq.claim_lookups(provider text, max_count integer, lease interval)
+RETURNS TABLE (transfer_id bigint, idempotency_key text, destination text, amount bigint, currency text, job_id bigint)
+LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+    UPDATE payoutq.transfer t SET run_after = clock_timestamp() + lease
+      FROM (SELECT d.id FROM payoutq.transfer d
+             WHERE d.provider = claim_lookups.provider AND d.status IN ('pending', 'retryable', 'unknown', 'processing')
+               AND d.status = 'unknown' AND d.run_after <= clock_timestamp() AND payoutq.wants_lookup(d)
+             ORDER BY d.run_after, d.id LIMIT max_count FOR UPDATE SKIP LOCKED) due
+     WHERE t.id = due.id
+    RETURNING t.id, payoutq.idempotency_key(t.id, t.generation), t.destination, t.amount, t.currency, t.job_id
+$$;
+
+-- What was done under a key. That nothing was counts when it is quiet: the
+-- provider may still have been at it. Then a new key may be used.
+CREATE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    target payoutq.transfer;
+    quiet_since timestamptz;
+BEGIN
+    SELECT t.* INTO target FROM payoutq.transfer t WHERE t.id = transfer_id AND t.status = 'unknown' FOR UPDATE;
+    IF NOT FOUND OR payoutq.idempotency_key(target.id, target.generation) <> record_lookup.idempotency_key THEN
+        RETURN;
+    END IF;
+    SELECT max(coalesce(a.finished_at, a.started_at)) INTO quiet_since FROM payoutq.attempt a WHERE a.transfer_id = target.id;
+
+    IF outcome = 'sent' THEN
+        PERFORM payoutq.mark_sent(target, reference);
+    ELSIF outcome = 'absent' AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
+        IF target.generation >= payoutq.setting('payoutq.max_attempts')::integer THEN
+            UPDATE payoutq.transfer t SET status = 'failed_terminal', updated_at = clock_timestamp() WHERE t.id = target.id;
+            PERFORM payoutq.settle_transfer(target, 'failed_terminal');
+        ELSE
+            PERFORM payoutq.next_generation(target, target.destination);
+        END IF;
+    ELSE
+        UPDATE payoutq.transfer t
+           SET run_after = clock_timestamp() + CASE outcome WHEN 'absent' THEN payoutq.quiet_period(t.provider) / 4
+                                                            ELSE payoutq.backoff(t.attempts) END
+         WHERE t.id = target.id;
+    END IF;
+END $$;
+
+CREATE FUNCTION payoutq.quiet_period(provider text) RETURNS interval
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(payoutq.provider_option(provider, 'quiet_period'), '1 hour')::interval
+$$;
+
 CREATE FUNCTION payoutq.provider_states()
 RETURNS TABLE (provider text, kind text, base_url text, open_until timestamptz, reason text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -52,6 +52,7 @@ static bool sending_is_armed(void);
 static int	claim_calls(TimestampTz now);
 static int	claim_sends(Provider *provider, int count);
 static int	claim_confirmations(Provider *provider, int count);
+static int	claim_lookups(Provider *provider, int count);
 static int	allowed_calls(Provider *provider, TimestampTz now);
 static Call *new_call(Provider *provider, bool is_confirmation, int row);
 static void start_calls(void);
@@ -257,6 +258,9 @@ claim_calls(TimestampTz now)
 			confirmations = claim_confirmations(provider, confirmations);
 		else
 			confirmations = 0;
+		if (allowed - Max(sends, 0) - confirmations > 0 && provider->kind->lookup)
+			confirmations += claim_lookups(provider, Min(allowed - Max(sends, 0) - confirmations,
+														 Max(payoutq_confirm_batch - provider->confirming - confirmations, 1)));
 		provider->tokens -= Max(sends, 0) + confirmations;
 		calls += Max(sends, 0) + confirmations;
 	}
@@ -282,11 +286,11 @@ claim_sends(Provider *provider, int count)
 	static EngineStatement claim = {
 		"SELECT transfer_id, attempt_token::text, attempt, idempotency_key, user_id, destination, amount, currency,"
 		"       job_id, entry"
-		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4)",
-		4, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID}
+		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4, $5)",
+		5, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID}
 	};
 	Datum		destinations[PAYOUTQ_MAX_CALLS];
-	Datum		values[4];
+	Datum		values[5];
 	int			rows;
 
 	for (int i = 0; i < busy_count; i++)
@@ -295,6 +299,7 @@ claim_sends(Provider *provider, int count)
 	values[1] = Int32GetDatum(count);
 	values[2] = Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0);
 	values[3] = PointerGetDatum(construct_array(destinations, busy_count, TEXTOID, -1, false, TYPALIGN_INT));
+	values[4] = BoolGetDatum(provider->kind->lookup != NULL);
 
 	rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
 	for (int i = 0; i < rows; i++)
@@ -342,6 +347,35 @@ claim_confirmations(Provider *provider, int count)
 	return rows;
 }
 
+/* Of those of which nobody knows, and which would not answer otherwise again. */
+static int
+claim_lookups(Provider *provider, int count)
+{
+	static EngineStatement claim = {
+		"SELECT transfer_id, idempotency_key, destination, amount, currency, job_id"
+		"  FROM payoutq.claim_lookups($1, $2, make_interval(secs => $3))",
+		3, {TEXTOID, INT4OID, FLOAT8OID}
+	};
+	Datum		values[] = {CStringGetTextDatum(provider->name), Int32GetDatum(count),
+	Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0)};
+	int			rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
+
+	for (int i = 0; i < rows; i++)
+	{
+		Call	   *call = new_call(provider, false, i);
+		MemoryContext caller = MemoryContextSwitchTo(call->context);
+
+		call->is_lookup = true;
+		call->idempotency_key = payoutq_result_cstring(i, 2);
+		call->destination = payoutq_result_cstring(i, 3);
+		call->amount = payoutq_result_int64(i, 4);
+		call->currency = payoutq_result_cstring(i, 5);
+		call->job_id = payoutq_result_int64(i, 6);
+		MemoryContextSwitchTo(caller);
+	}
+	return rows;
+}
+
 /* It is made when the claim has been committed. */
 static Call *
 new_call(Provider *provider, bool is_confirmation, int row)
@@ -370,9 +404,12 @@ start_calls(void)
 		Call	   *call = lfirst(cell);
 		MemoryContext caller = MemoryContextSwitchTo(call->context);
 
-		if (call->is_confirmation)
+		if (call->is_confirmation || call->is_lookup)
 		{
-			call->provider->kind->confirm(call);
+			if (call->is_lookup)
+				call->provider->kind->lookup(call);
+			else
+				call->provider->kind->confirm(call);
 			call->provider->confirming++;
 		}
 		else
@@ -436,7 +473,7 @@ try_to_record(Call *call)
 static void
 record(Call *call)
 {
-	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "rejected"};
+	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "rejected", "absent"};
 	static EngineStatement answer = {
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",
 		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}
@@ -444,10 +481,22 @@ record(Call *call)
 	static EngineStatement confirmation = {
 		"SELECT payoutq.record_confirmation($1, $2, $3)", 3, {INT8OID, TEXTOID, TEXTOID}
 	};
+	static EngineStatement lookup = {
+		"SELECT payoutq.record_lookup($1, $2, $3, $4)", 4, {INT8OID, TEXTOID, TEXTOID, TEXTOID}
+	};
 	Datum		reason = call->reason ? CStringGetTextDatum(call->reason) : (Datum) 0;
 	char		nulls[] = "       ";
 
-	if (call->is_confirmation)
+	if (call->is_lookup)
+	{
+		Datum		values[] = {Int64GetDatum(call->transfer_id), CStringGetTextDatum(call->idempotency_key),
+			CStringGetTextDatum(outcomes[call->outcome]),
+			call->reference ? CStringGetTextDatum(call->reference) : (Datum) 0};
+
+		nulls[3] = call->reference ? ' ' : 'n';
+		(void) payoutq_execute(&lookup, values, nulls, SPI_OK_SELECT);
+	}
+	else if (call->is_confirmation)
 	{
 		Datum		values[] = {Int64GetDatum(call->transfer_id),
 			CStringGetTextDatum(outcomes[call->outcome]), reason};
@@ -472,13 +521,13 @@ record(Call *call)
 		call->provider->open_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 60000);
 	if (call->outcome != CALL_COMPLETED && call->outcome != CALL_SENT && call->reason)
 		payoutq_worker_error(call->reason);
-	payoutq_worker_count(call->is_confirmation ? 0 : 1);
+	payoutq_worker_count(call->is_confirmation || call->is_lookup ? 0 : 1);
 }
 
 static void
 end_call(Call *call)
 {
-	if (call->is_confirmation)
+	if (call->is_confirmation || call->is_lookup)
 		call->provider->confirming--;
 	else
 	{

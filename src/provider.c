@@ -49,6 +49,7 @@ static const ProviderOption options_allowed[] = {
 	{"rate_limit", ForeignServerRelationId, OPTION_NUMBER},
 	{"timeout", ForeignServerRelationId, OPTION_INTERVAL},
 	{"key_life", ForeignServerRelationId, OPTION_INTERVAL},
+	{"quiet_period", ForeignServerRelationId, OPTION_INTERVAL},
 	{"api_version", ForeignServerRelationId, OPTION_TEXT},
 	{"api_key", UserMappingRelationId, OPTION_TEXT},
 	{"webhook_secret", UserMappingRelationId, OPTION_TEXT},
@@ -122,7 +123,7 @@ check_option(const char *name, const char *value, Oid catalog, const char *kind)
 				 errmsg("invalid option \"%s\"", name),
 				 catalog == UserMappingRelationId ?
 				 errhint("Options of a user mapping are api_key and webhook_secret.") :
-				 errhint("Options of a provider are kind, base_url, status_url, rate_limit, timeout, key_life and api_version.")));
+				 errhint("Options of a provider are kind, base_url, status_url, rate_limit, timeout, key_life, quiet_period and api_version.")));
 
 	switch (option->type)
 	{

@@ -20,7 +20,8 @@ typedef enum CallOutcome
 	CALL_UNKNOWN,				/* nobody knows: the same key again */
 	CALL_THROTTLED,				/* not looked at: too many calls */
 	CALL_REFUSED,				/* not looked at: nobody's would be */
-	CALL_REJECTED				/* of a confirmation: it will not happen */
+	CALL_REJECTED,				/* of a confirmation: it will not happen */
+	CALL_ABSENT					/* of a lookup: there is no such transfer */
 } CallOutcome;
 
 typedef struct Provider
@@ -49,6 +50,7 @@ typedef struct Call
 {
 	Provider   *provider;
 	bool		is_confirmation;
+	bool		is_lookup;
 	MemoryContext context;		/* of the call and all that it points to */
 
 	/* the transfer: frozen columns, from which the request is built */
@@ -89,6 +91,7 @@ typedef struct ProviderKind
 	void		(*send) (Call *call);	/* builds the request */
 	bool		(*can_confirm) (const Provider *provider);
 	void		(*confirm) (Call *call);
+	void		(*lookup) (Call *call); /* NULL: it cannot be asked for a key */
 	void		(*read_answer) (Call *call);	/* an HTTP answer has come */
 } ProviderKind;
 

@@ -17,6 +17,8 @@
 static void build_send(Call *call);
 static bool can_confirm(const Provider *provider);
 static void build_confirm(Call *call);
+static void build_lookup(Call *call);
+static void read_list(Call *call);
 static void read_answer(Call *call);
 static void read_transfer(Call *call);
 static void read_error(Call *call);
@@ -28,6 +30,7 @@ const ProviderKind payoutq_stripe = {
 	.send = build_send,
 	.can_confirm = can_confirm,
 	.confirm = build_confirm,
+	.lookup = build_lookup,
 	.read_answer = read_answer
 };
 
@@ -65,6 +68,18 @@ build_confirm(Call *call)
 	add_headers(call);
 }
 
+/*
+ * Keys cannot be asked for; all transfers of the job to this destination can.
+ * There is one for each generation.
+ */
+static void
+build_lookup(Call *call)
+{
+	call->url = psprintf("%s/v1/transfers?destination=%s&transfer_group=payoutq%%3A" INT64_FORMAT "&limit=20",
+						 call->provider->base_url, payoutq_http_escape(call->destination), call->job_id);
+	add_headers(call);
+}
+
 static void
 add_headers(Call *call)
 {
@@ -89,7 +104,9 @@ read_answer(Call *call)
 
 	if (retry_after && strspn(retry_after, "0123456789") == strlen(retry_after))
 		call->retry_after = Min(atoi(retry_after), 3600);
-	if (call->http_status == 200)
+	if (call->http_status == 200 && call->is_lookup)
+		read_list(call);
+	else if (call->http_status == 200)
 		read_transfer(call);
 	else
 		read_error(call);
@@ -128,6 +145,34 @@ read_transfer(Call *call)
 }
 
 static void
+read_list(Call *call)
+{
+	char	   *has_more = field(call, "has_more");
+
+	call->outcome = CALL_UNKNOWN;
+	call->reason = pstrdup("the list of transfers is not complete");
+	for (int i = 0;; i++)
+	{
+		char	   *n = psprintf("%d", i);
+		const char *const id_path[] = {"data", n, "id"};
+		const char *const key_path[] = {"data", n, "metadata", "payoutq_key"};
+		char	   *id = payoutq_json_text(call->answer, call->length, id_path, 3);
+		char	   *key = payoutq_json_text(call->answer, call->length, key_path, 4);
+
+		if (id == NULL)
+			break;
+		if (key && strcmp(key, call->idempotency_key) == 0)
+		{
+			call->reference = id;
+			call->outcome = CALL_SENT;
+			return;
+		}
+	}
+	if (has_more && strcmp(has_more, "false") == 0)
+		call->outcome = CALL_ABSENT;
+}
+
+static void
 read_error(Call *call)
 {
 	const char *const type_path[] = {"error", "type"};
@@ -159,6 +204,6 @@ read_error(Call *call)
 			/* 409: the first call with the key is still going on */
 			call->outcome = CALL_UNKNOWN;
 	}
-	if (call->is_confirmation)
+	if (call->is_confirmation || call->is_lookup)
 		call->outcome = call->outcome == CALL_REFUSED ? CALL_REFUSED : CALL_UNKNOWN;
 }

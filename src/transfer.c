@@ -49,6 +49,7 @@ static const Transition transitions[] = {
 	{"unknown", "sent"},		/* found at the provider */
 	{"unknown", "completed"},
 	{"unknown", "failed_terminal"},
+	{"unknown", "pending"},	/* not found at the provider: a new generation */
 	{"processing", "sent"},
 	{"processing", "completed"},
 	{"processing", "retryable"},

@@ -12,7 +12,14 @@ GRANT USAGE ON SCHEMA app TO payoutq_test_operator, payoutq_test_nobody;
 SELECT payout_create_job('paid', ARRAY['a'], ARRAY[10]) AS paid \gset
 CALL payout_process();
 SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[10, 20], run_at => '2100-01-01') AS later \gset
-SELECT plan(175);
+CREATE SERVER bank FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external');
+CREATE USER MAPPING FOR PUBLIC SERVER bank;
+GRANT USAGE ON FOREIGN SERVER bank TO payoutq_test_operator;
+CREATE FUNCTION app.confirmed(bigint) RETURNS void LANGUAGE sql AS '';
+SELECT payout_set_destination(u, 'bank', 'x') FROM unnest(ARRAY['t1', 't2', 't3', 't4']) AS u \g /dev/null
+SELECT payout_create_job('wired', ARRAY['t1', 't2', 't3', 't4'], ARRAY[1, 2, 3, 4], provider => 'bank') AS wired \gset
+CALL payout_process();
+SELECT plan(218);
 
 -- What belongs to the extension
 CREATE TEMP TABLE routines AS SELECT oid::regprocedure::text AS routine, * FROM pg_proc WHERE false;
@@ -72,6 +79,7 @@ INSERT INTO may VALUES
     ('reader', 'payout_statement(text,text)'),
     ('reader', 'payout_verify()'),
     ('reader', 'payout_split(bigint,bigint[])'),
+    ('reader', 'payout_stuck_transfers(interval)'),
     ('operator', 'payout_create_job(text,jsonb,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
     ('operator', 'payout_create_job(text,text[],bigint[],bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
     ('operator', 'payout_create_job_from(text,text,bigint,bigint,bigint,text,integer,integer,timestamp with time zone,text,text,jsonb)'),
@@ -94,6 +102,13 @@ INSERT INTO may VALUES
     ('operator', 'payout_resolve_challenge(bigint,text,text)'),
     ('operator', 'payout_cancel_challenge(bigint,text)'),
     ('operator', 'payout_mark_notification_read(bigint)'),
+    ('operator', 'payout_set_destination(text,text,text)'),
+    ('operator', 'payout_claim_transfers(text,integer,interval)'),
+    ('operator', 'payout_transfer_sent(bigint,uuid,text)'),
+    ('operator', 'payout_transfer_completed(bigint,uuid,text)'),
+    ('operator', 'payout_transfer_failed(bigint,uuid,text,text)'),
+    ('operator', 'payout_confirm_transfer(text,text,boolean,text)'),
+    ('operator', 'payout_retry_transfer(bigint)'),
     ('admin', 'payout_schedule(text,text,text,text)'),
     ('admin', 'payout_unschedule()'),
     ('admin', 'payout_maintain(integer)'),
@@ -103,7 +118,9 @@ INSERT INTO may VALUES
     ('admin', 'payout_start_worker()'),
     ('admin', 'payout_stop_workers()'),
     ('admin', 'payout_grant(regrole,text)'),
-    ('admin', 'payout_revoke(regrole)');
+    ('admin', 'payout_revoke(regrole)'),
+    ('admin', 'payout_on_confirm(text,regprocedure)'),
+    ('admin', 'payout_arm_sending()');
 SELECT isnt_empty('SELECT FROM in_views', 'some views call functions');
 SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_reader'')',
     'SELECT routine FROM may WHERE level = ''reader''', 'a reader may call these');
@@ -114,7 +131,8 @@ SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_admin'')',
 SELECT set_eq(format('SELECT * FROM pg_temp.rights(%L)', who),
     $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
                                            'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
-                                           'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules']) AS v$$,
+                                           'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules',
+                                           'payout_transfers', 'payout_attempts']) AS v$$,
     who || ' may read the views, and has no right on the storage')
   FROM unnest(ARRAY['payoutq_test_reader', 'payoutq_test_operator', 'payoutq_test_admin']) AS who;
 SELECT ok(NOT has_schema_privilege(who, 'payoutq', 'USAGE, CREATE'), who || ' has no right on the schema')
@@ -126,7 +144,7 @@ SELECT is_empty($$SELECT routine FROM routines WHERE has_function_privilege('pay
 -- Every object has a level, a comment, and a search_path
 -- ---------------------------------------------------------------------------
 
-SELECT is_empty($$SELECT routine FROM routines WHERE proname LIKE 'payout\_%' AND payoutq.level_of(proname) IS NULL$$,
+SELECT is_empty($$SELECT routine FROM routines WHERE proname LIKE 'payout\_%' AND payoutq.level_of(proname) IS NULL AND proname <> 'payout_on_settlement'$$,
     'each function of the API has a level');
 SELECT is_empty($$SELECT relation FROM relations WHERE relname LIKE 'payout\_%' AND payoutq.level_of(relname) IS NULL$$,
     'each view of the API has a level');
@@ -142,9 +160,9 @@ SELECT is_empty($$SELECT routine FROM routines WHERE prosecdef
                      AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)$$,
     'each SECURITY DEFINER function has a search_path of its own');
 SELECT is_empty($$SELECT routine FROM routines JOIN pg_language l ON l.oid = prolang
-                   WHERE lanname IN ('sql', 'plpgsql') AND NOT prosecdef AND proname <> 'payout_preview_job_from'
+                   WHERE lanname IN ('sql', 'plpgsql') AND NOT prosecdef AND proname NOT IN ('payout_preview_job_from', 'payout_on_settlement')
                      AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)$$,
-    'and so have the others, but for the one that runs a query of its caller');
+    'and so have the others, but for those that run a query of their caller');
 SELECT is_empty($$SELECT relation FROM relations, pg_extension
                    WHERE extname = 'payoutq' AND relkind = 'v' AND (relowner <> extowner OR reloptions IS NOT NULL)$$,
     'views read with the rights of the owner of the extension');
@@ -163,7 +181,10 @@ SELECT throws_ok(call, '42501', NULL, 'nobody: ' || call)
                     'SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT * FROM payoutq.job',
                     'SELECT payoutq.change_balance(''a'', ''USD'', 1)', 'SELECT payout_grant(''payoutq_test_nobody'', ''admin'')',
                     'SELECT * FROM payout_challenges', 'SELECT * FROM payout_stakes', 'SELECT * FROM payout_notifications',
-                    'SELECT payout_create_challenge(''x'')', 'SELECT payout_resolve_challenge(1, ''draw'')', 'SELECT payout_schedule()']) AS call;
+                    'SELECT payout_create_challenge(''x'')', 'SELECT payout_resolve_challenge(1, ''draw'')', 'SELECT payout_schedule()',
+                    'SELECT * FROM payout_transfers', 'SELECT * FROM payout_attempts', 'SELECT payout_claim_transfers(''bank'')',
+                    'SELECT payout_confirm_transfer(''bank'', ''x'', true)', 'SELECT * FROM payout_stuck_transfers()',
+                    'SELECT payout_arm_sending()']) AS call;
 
 SET LOCAL ROLE payoutq_test_reader;
 SELECT lives_ok(call, 'reader: ' || call)
@@ -174,7 +195,8 @@ SELECT lives_ok(call, 'reader: ' || call)
                     'SELECT * FROM payout_batches', 'SELECT * FROM payout_accounts', 'SELECT * FROM payout_ledger',
                     'SELECT * FROM payout_workers', 'SELECT * FROM payout_stats', 'SELECT * FROM payout_health',
                     'SELECT * FROM payout_challenges', 'SELECT * FROM payout_challenges_awaiting', 'SELECT * FROM payout_stakes',
-                    'SELECT * FROM payout_notifications', 'SELECT * FROM payout_schedules']) AS call;
+                    'SELECT * FROM payout_notifications', 'SELECT * FROM payout_schedules',
+                    'SELECT * FROM payout_transfers', 'SELECT * FROM payout_attempts', 'SELECT * FROM payout_stuck_transfers()']) AS call;
 SELECT throws_ok(call, '42501', NULL, 'reader: ' || call)
   FROM unnest(ARRAY['SELECT payout_create_job(''x'', ARRAY[''a''], ARRAY[1])', 'SELECT payout_pause_job(2)', 'CALL payout_process()',
                     'SELECT payout_deposit(''a'', 1, ''x'')', 'SELECT * FROM payout_preview_job(''x'', ARRAY[''a''], ARRAY[1])',
@@ -182,7 +204,11 @@ SELECT throws_ok(call, '42501', NULL, 'reader: ' || call)
                     'SELECT payout_create_challenge(''x'')', 'SELECT payout_place_stake(1, ''a'', ''YES'', 1)',
                     'SELECT payout_resolve_challenge(1, ''draw'')', 'SELECT payout_cancel_challenge(1)',
                     'SELECT payout_mark_notification_read(1)', 'SELECT payout_run_deadlines()', 'SELECT payout_run_notifications()',
-                    'SELECT * FROM payoutq.challenge', 'SELECT * FROM payoutq.notification', 'SELECT * FROM payoutq.pools']) AS call;
+                    'SELECT * FROM payoutq.challenge', 'SELECT * FROM payoutq.notification', 'SELECT * FROM payoutq.pools',
+                    'SELECT payout_claim_transfers(''bank'')', 'SELECT payout_set_destination(''a'', ''bank'', ''mine'')',
+                    'SELECT payout_transfer_sent(1, gen_random_uuid(), ''x'')', 'SELECT payout_transfer_completed(1, gen_random_uuid(), ''x'')',
+                    'SELECT payout_transfer_failed(1, gen_random_uuid(), ''permanent'')', 'SELECT payout_retry_transfer(1)',
+                    'SELECT payout_confirm_transfer(''bank'', ''x'', true)', 'SELECT * FROM payoutq.transfer', 'SELECT * FROM payoutq.destination']) AS call;
 
 SET LOCAL ROLE payoutq_test_operator;
 SELECT lives_ok(call, 'operator: ' || call)
@@ -198,7 +224,14 @@ SELECT lives_ok(call, 'operator: ' || call)
                     'SELECT payout_place_stake(1, ''a'', ''YES'', 1)', 'SELECT payout_add_evidence(1, ''a'', ''1'')',
                     'SELECT payout_run_notifications(''2099-12-31 23:55'')', 'SELECT payout_mark_notification_read(1)',
                     'SELECT payout_run_deadlines(''2100-01-01'')', 'SELECT * FROM payout_resolve_challenge(1, ''draw'')',
-                    'SELECT payout_cancel_challenge(payout_create_challenge(''c2''))']) AS call;
+                    'SELECT payout_cancel_challenge(payout_create_challenge(''c2''))',
+                    'SELECT payout_set_destination(''a'', ''bank'', ''x'')',
+                    'SELECT payout_create_job(''o5'', ARRAY[''a''], ARRAY[1], provider => ''bank'')',
+                    'SELECT payout_transfer_sent(transfer_id, attempt_token, ''r1'') FROM payout_claim_transfers(''bank'', 1)',
+                    'SELECT payout_confirm_transfer(''bank'', ''r1'', false)', 'SELECT payout_retry_transfer(1)',
+                    'SELECT payout_transfer_completed(transfer_id, attempt_token, ''r2'') FROM payout_claim_transfers(''bank'', 1)',
+                    'SELECT payout_transfer_failed(transfer_id, attempt_token, ''permanent'') FROM payout_claim_transfers(''bank'', 1)']) AS call;
+SELECT results_eq('SELECT status FROM payout_transfers ORDER BY 1', '{completed,failed_terminal,pending,pending}'::text[], 'which has done what it says');
 SELECT is((SELECT created_by FROM payout_jobs WHERE reference = 'o1'), 'payoutq_test_operator', 'a job knows who created it');
 SELECT throws_ok(call, '42501', NULL, 'operator: ' || call)
   FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_bind_accounts(''pg_class'', ''oid'', ''relpages'')',
@@ -207,19 +240,26 @@ SELECT throws_ok(call, '42501', NULL, 'operator: ' || call)
                     'SELECT * FROM payoutq.entry', 'INSERT INTO payoutq.movement DEFAULT VALUES',
                     'SELECT payout_schedule()', 'SELECT payout_unschedule()', 'SELECT payout_maintain()',
                     'UPDATE payoutq.challenge SET result = ''draw''', 'DELETE FROM payoutq.notification',
-                    'SELECT payoutq.execute_in(''postgres'', ''SELECT 1'')', 'SELECT payoutq.tell_roles(''{1}'', ''{x}'', now())']) AS call;
+                    'SELECT payoutq.execute_in(''postgres'', ''SELECT 1'')', 'SELECT payoutq.tell_roles(''{1}'', ''{x}'', now())',
+                    'SELECT payout_arm_sending()', 'SELECT payout_on_confirm(''bank'', ''app.confirmed(bigint)'')',
+                    'SELECT payout_on_confirm(''bank'', NULL)', 'UPDATE payoutq.transfer SET status = ''completed''',
+                    'DELETE FROM payoutq.sending', 'SELECT * FROM payoutq.destination', 'INSERT INTO payoutq.confirm_callback VALUES (''bank'', ''x'', ''{}'')',
+                    'SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t', 'SELECT payoutq.call_confirm_callback(1, ''bank'')',
+                    'SELECT payoutq.claim_transfers(''bank'', 1, ''1 hour'')', 'SELECT payoutq.hold_entries(1, 1, 1, ''bank'')']) AS call;
 
 SET LOCAL ROLE payoutq_test_admin;
 SELECT lives_ok(call, 'admin: ' || call)
   FROM unnest(ARRAY['SELECT payout_reverse_entry(1, ''a'', 1)', 'SELECT payout_stop_workers()',
                     'SELECT payout_grant(''payoutq_test_nobody'', ''reader'')', 'SELECT payout_revoke(''payoutq_test_nobody'')',
-                    'SELECT payout_maintain()']) AS call;
+                    'SELECT payout_maintain()', 'SELECT payout_arm_sending()']) AS call;
 SELECT throws_ok(call, '42501', NULL, 'admin: ' || call)
   FROM unnest(ARRAY['SELECT * FROM payoutq.entry', 'UPDATE payoutq.account SET balance = 1', 'DELETE FROM payoutq.movement',
                     'CREATE TRIGGER t BEFORE UPDATE ON payoutq.batch FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()',
                     'ALTER TABLE payoutq.batch DISABLE TRIGGER ALL', 'SELECT payoutq.change_balance(''a'', ''USD'', 1)',
                     'SELECT payoutq.execute_in(''postgres'', ''SELECT 1'')', 'SELECT payoutq.execute_in_cron(''SELECT 1'')',
-                    'UPDATE payoutq.challenge SET result = ''draw''',
+                    'UPDATE payoutq.challenge SET result = ''draw''', 'SELECT payout_on_confirm(''bank'', ''app.confirmed(bigint)'')',
+                    'UPDATE payoutq.transfer SET status = ''completed''', 'DELETE FROM payoutq.sending',
+                    'CREATE TRIGGER t BEFORE UPDATE ON payoutq.transfer FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()',
                     'DROP EXTENSION payoutq']) AS call;
 ROLLBACK;
 
@@ -366,6 +406,21 @@ SELECT * FROM public.payout_resolve_challenge(:challenge, 'challenger_won') \g /
 CALL public.payout_process();
 SELECT count(*) FROM public.payout_challenges, public.payout_challenges_awaiting, public.payout_stakes \g /dev/null
 SELECT count(*) FROM public.payout_notifications, public.payout_schedules \g /dev/null
+SELECT public.payout_set_destination('e' || i, 'bank', 'x') FROM pg_catalog.generate_series(1, 5) i \g /dev/null
+SELECT public.payout_create_job('evil5', ARRAY['e1', 'e2', 'e3', 'e4', 'e5', 'e6'], ARRAY[1, 2, 4, 8, 16, 32], provider => 'bank') AS wired2 \gset
+CALL public.payout_process();
+SELECT public.payout_set_destination('e5', 'bank', NULL) \g /dev/null
+-- some that others have left come first
+CREATE TEMP TABLE claim AS SELECT * FROM public.payout_claim_transfers('bank', 9, '1 hour') WHERE user_id OPERATOR(pg_catalog.~~) 'e%';
+SELECT public.payout_transfer_sent(transfer_id, attempt_token, 'e1') FROM claim WHERE user_id OPERATOR(pg_catalog.=) 'e1' \g /dev/null
+SELECT public.payout_transfer_completed(transfer_id, attempt_token, 'e2') FROM claim WHERE user_id OPERATOR(pg_catalog.=) 'e2' \g /dev/null
+SELECT public.payout_transfer_failed(transfer_id, attempt_token, 'transient') FROM claim WHERE user_id OPERATOR(pg_catalog.=) 'e3' \g /dev/null
+SELECT public.payout_transfer_failed(transfer_id, attempt_token, 'permanent') FROM claim WHERE user_id OPERATOR(pg_catalog.=) 'e4' \g /dev/null
+SELECT public.payout_retry_transfer(transfer_id) FROM claim WHERE user_id OPERATOR(pg_catalog.=) ANY (ARRAY['e3', 'e4']) \g /dev/null
+SELECT public.payout_confirm_transfer('bank', 'e1', true) \g /dev/null
+SELECT count(*) FROM public.payout_transfers, public.payout_attempts, public.payout_stuck_transfers() \g /dev/null
+SELECT public.payout_retry_job(:wired2), public.payout_cancel_job(:wired2) \g /dev/null
+DROP TABLE claim;
 RESET search_path;
 RESET ROLE;
 SELECT results_eq(format('SELECT status, completed_count FROM payout_job_status(%s)', :job), $$VALUES ('completed', 3::bigint)$$,
@@ -375,6 +430,8 @@ SELECT results_eq(format('SELECT status FROM payout_challenges WHERE id IN (%s, 
     $$VALUES ('completed'), ('cancelled')$$, 'and a challenge is resolved, or cancelled');
 SELECT set_eq(format('SELECT type, count(*) FROM payout_notifications WHERE challenge_id = %s GROUP BY 1', :challenge),
     $$VALUES ('challenge_ending_10_mins', 3::bigint), ('challenge_pending_review', 3), ('payout_received', 1)$$, 'and its people are told');
+SELECT is((SELECT string_agg(user_id || ' ' || status, ', ' ORDER BY user_id) FROM payout_transfers WHERE job_id = :wired2),
+    'e1 completed, e2 completed, e3 failed_terminal, e4 failed_terminal, e5 processing, e6 failed_terminal', 'transfers, too');
 SELECT is_empty($$SELECT * FROM evil.log WHERE who <> 'payoutq_test_operator'$$, 'and nothing of it ran with other rights');
 SELECT is_empty($$SELECT what, count(*) FROM evil.log GROUP BY 1$$, 'nor at all');
 
@@ -382,7 +439,7 @@ SELECT is_empty($$SELECT what, count(*) FROM evil.log GROUP BY 1$$, 'nor at all'
 -- CREATE EXTENSION into a schema where somebody has prepared traps
 -- ---------------------------------------------------------------------------
 
-DROP EXTENSION payoutq;
+DROP EXTENSION payoutq CASCADE;
 CREATE SCHEMA trapped AUTHORIZATION payoutq_test_operator;
 DO $$
 DECLARE

@@ -24,6 +24,25 @@ SELECT payout_cancel_job(:cancelled) \g /dev/null
 SELECT payout_create_job('queued', ARRAY['u1'], ARRAY[1], platform_fee => 1) AS queued \gset
 SELECT payout_create_job_from('query', 'SELECT ''u'' AS user_id, 1 AS amount', run_at => '2100-01-01') \g /dev/null
 
+-- a transfer in each state: t1 to t8, in a currency of its own, t9 without a destination
+CREATE SERVER wire FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external');
+SELECT payout_set_destination('t' || i, 'wire', 'x') FROM generate_series(1, 8) i \g /dev/null
+SELECT payout_create_job('wired', array_agg('t' || i), array_agg((2 ^ i)::bigint), currency => 'WIRE', provider => 'wire') AS wired
+  FROM generate_series(1, 9) i \gset
+CALL payout_process(NULL, :wired);
+UPDATE payoutq.transfer SET run_after = 'infinity' WHERE user_id = 't1';
+CREATE TEMP TABLE claim AS SELECT * FROM payout_claim_transfers('wire');
+CREATE FUNCTION pg_temp.t(who text, OUT transfer bigint, OUT token uuid) LANGUAGE sql AS $$
+    SELECT transfer_id, attempt_token FROM claim WHERE user_id = who
+$$;
+SELECT payout_transfer_sent(transfer, token, 'r3') FROM pg_temp.t('t3') \g /dev/null
+SELECT payout_transfer_completed(transfer, token, 'r4') FROM pg_temp.t('t4') \g /dev/null
+SELECT payout_transfer_failed(transfer, token, 'transient') FROM pg_temp.t('t5') \g /dev/null
+SELECT payout_transfer_failed(transfer, token, 'unknown') FROM pg_temp.t('t6') \g /dev/null
+SELECT payout_transfer_failed(transfer, token, 'permanent') FROM pg_temp.t('t7') \g /dev/null
+SELECT payout_transfer_sent(transfer, token, 'r8') FROM pg_temp.t('t8') \g /dev/null
+SELECT payout_confirm_transfer('wire', 'r8', false) \g /dev/null
+
 -- and a challenge in each state, in a currency of its own
 CREATE FUNCTION pg_temp.challenge(title text) RETURNS bigint LANGUAGE sql AS $$
     SELECT c + 0 * payout_place_stake(c, 'yes', 'YES', 60) + 0 * payout_place_stake(c, 'no', 'NO', 40)
@@ -42,12 +61,12 @@ SELECT pg_temp.challenge('active') AS c_active, payout_create_challenge('pending
 SELECT payout_place_stake(:c_pending, 'yes', 'YES', 7) AS waiting \gset
 
 BEGIN;
-SELECT plan(46);
+SELECT plan(71);
 
 SELECT results_eq('SELECT check_name, ok, violations, detail FROM payout_verify()',
     $$SELECT n, true, 0::bigint, NULL::text
         FROM unnest(ARRAY['job_amounts', 'ledger_balanced', 'account_balances', 'batches_cover_entries', 'job_counters',
-                          'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'challenge_stakes',
+                          'completed_jobs', 'job_escrow', 'reversals', 'balances_not_negative', 'transfer_holds', 'transfer_attempts', 'challenge_stakes',
                           'challenge_states', 'sequences']) n$$,
     'all checks hold');
 SELECT set_eq('SELECT DISTINCT status FROM payout_jobs', ARRAY['queued', 'running', 'completed', 'cancelled'],
@@ -55,6 +74,8 @@ SELECT set_eq('SELECT DISTINCT status FROM payout_jobs', ARRAY['queued', 'runnin
 SELECT isnt_empty('SELECT FROM payout_failed_entries', 'with an entry that failed');
 SELECT set_eq('SELECT DISTINCT status FROM payout_challenges', ARRAY['pending', 'active', 'pending_admin', 'completed', 'cancelled'],
     'and a challenge in each state');
+SELECT set_eq('SELECT DISTINCT status FROM payout_transfers',
+    '{pending,processing,sent,completed,retryable,unknown,failed_terminal,confirmation_failed}'::text[], 'and a transfer');
 
 -- Which checks turn false when somebody tampers with the tables; undone again
 CREATE FUNCTION pg_temp.after(VARIADIC statements text[]) RETURNS text LANGUAGE plpgsql AS $$
@@ -157,6 +178,49 @@ SELECT is(pg_temp.after($$INSERT INTO payoutq.movement (kind, debit_account, cre
                           VALUES ('deposit', '@platform', '@outside', 'USD', 1000)$$),
     'balances_not_negative 1', 'the platform below zero');
 
+-- transfer_holds
+SELECT is(pg_temp.after('DELETE FROM payoutq.movement WHERE kind = ''hold'' AND debit_account = ''t1'''),
+    'account_balances 1, transfer_holds 1', 'a hold that is gone');
+SELECT is(pg_temp.after('UPDATE payoutq.movement SET amount = amount - 1 WHERE kind = ''transfer'''),
+    'transfer_holds 1', 'less gone outside than the transfer');
+SELECT is(pg_temp.after('DELETE FROM payoutq.movement WHERE kind = ''release'' AND credit_account = ''t7'''),
+    'account_balances 1, transfer_holds 1', 'a release that is gone');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET amount = amount + 1 WHERE user_id = ''t2'''),
+    'transfer_holds 1', 'a transfer of another amount than is held for it');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET currency = ''USD'' WHERE user_id = ''t2'''),
+    'transfer_holds 2', 'a transfer in another currency');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET provider = ''elsewhere'' WHERE user_id = ''t2'''),
+    'transfer_holds 2', 'a transfer by another provider');
+SELECT is(pg_temp.after('UPDATE payoutq.movement SET credit_account = ''@transit:nowhere'' WHERE kind = ''hold'' AND debit_account = ''t2'''),
+    'transfer_holds 2', 'a hold at another provider');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET status = ''completed'' WHERE user_id = ''t3'''),
+    'job_counters 1, transfer_holds 1', 'a transfer that was completed by hand');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET status = ''failed_terminal'' WHERE user_id = ''t1'''),
+    'job_counters 1, transfer_holds 1', 'a transfer that was given up by hand');
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET status = ''retryable'' WHERE user_id = ''t8'''),
+    'job_counters 1, transfer_holds 1', 'a transfer that was taken up again by hand');
+SELECT is(pg_temp.after('DELETE FROM payoutq.attempt WHERE transfer_id IN (SELECT id FROM payoutq.transfer WHERE user_id = ''t2'')',
+                        'DELETE FROM payoutq.transfer WHERE user_id = ''t2'''),
+    'job_counters 1, transfer_holds 1', 'a transfer that is gone');
+
+-- transfer_attempts
+SELECT is(pg_temp.after(format('DELETE FROM payoutq.attempt WHERE transfer_id = %s', transfer)), 'transfer_attempts 1', who || ': an attempt that is gone')
+  FROM unnest(ARRAY['t2', 't3', 't4']) AS who, pg_temp.t(who);
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET attempts = attempts + 1 WHERE user_id IN (''t1'', ''t5'')'),
+    'transfer_attempts 2', 'attempts that were not written');
+SELECT is(pg_temp.after(format('INSERT INTO payoutq.attempt SELECT transfer_id, 2, 1, gen_random_uuid(), now() FROM payoutq.attempt WHERE transfer_id = %s', transfer)),
+    'transfer_attempts 1', 'an attempt that was not counted') FROM pg_temp.t('t6');
+SELECT is(pg_temp.after(format('DELETE FROM payoutq.attempt WHERE transfer_id = %s', transfer), format('UPDATE payoutq.transfer SET attempts = 0 WHERE id = %s', transfer)),
+    'transfer_attempts 1', who || ': sent without an attempt') FROM unnest(ARRAY['t3', 't4']) AS who, pg_temp.t(who);
+SELECT is(pg_temp.after('UPDATE payoutq.transfer SET destination = NULL WHERE user_id IN (''t2'', ''t6'')'),
+    'transfer_attempts 2', 'sent to nowhere');
+
+-- job_counters and completed_jobs, of transfers
+SELECT is(pg_temp.after(format('UPDATE payoutq.progress SET %1$s = %1$s + 1 WHERE job_id = %2$s AND part = -1', what, :wired)),
+    'job_counters 1', 'transfers: another count of ' || what) FROM unnest(ARRAY['completed', 'failed', 'settled']) AS what;
+SELECT is(pg_temp.after(format('UPDATE payoutq.job SET status = ''completed'' WHERE id = %s', :wired)),
+    'completed_jobs 1', 'a job completed with transfers under way');
+
 -- challenge_stakes
 SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET yes_pool = yes_pool + 1 WHERE id = %s', :c_awaiting)),
     'challenge_stakes 1', 'a pool that is more than the stakes');
@@ -185,6 +249,7 @@ SELECT is(pg_temp.after(format('UPDATE payoutq.challenge SET job_id = 999999 WHE
 
 -- sequences
 SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.challenge_id_seq RESTART'), 'sequences 1', 'a sequence of challenges');
+SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.transfer_id_seq RESTART'), 'sequences 1', 'a sequence of transfers');
 SELECT is(pg_temp.after('ALTER SEQUENCE payoutq.job_id_seq RESTART', 'ALTER SEQUENCE payoutq.movement_id_seq RESTART'),
     'sequences 2', 'sequences that would give out ids again');
 

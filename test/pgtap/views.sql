@@ -1,7 +1,7 @@
 -- The views: their columns, what they say of jobs in all states, statistics
 -- and alerts.
 \ir fresh.psql
-SELECT plan(66);
+SELECT plan(78);
 
 -- ---------------------------------------------------------------------------
 -- Columns that applications rely on; there may be more
@@ -22,7 +22,10 @@ SELECT is_empty(
     ('payout_ledger', 'account, currency, amount, kind, job_id, entry, challenge_id, transfer_id, reference, posted_at'),
     ('payout_workers', 'pid, state, job_id, batch_no, since, batches, entries, last_error'),
     ('payout_stats', 'minute, batches, entries, failed_entries, entries_per_second'),
-    ('payout_health', 'check_name, ok, value, threshold, hint')
+    ('payout_health', 'check_name, ok, value, threshold, hint'),
+    ('payout_transfers', 'transfer_id, job_id, entry, user_id, provider, destination, amount, currency, status, attempts, run_after, '
+                         'provider_reference, idempotency_key, error, created_at, updated_at'),
+    ('payout_attempts', 'transfer_id, attempt, started_at, finished_at, outcome, http_status, provider_reference, error')
   ) AS t (v, columns);
 SELECT is_empty(
     $$SELECT a.attrelid::regclass, a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a
@@ -42,10 +45,10 @@ SELECT is_empty(
 SELECT is_empty('SELECT FROM ' || v, v || ' is empty at first')
   FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
                     'payout_ledger', 'payout_stats', 'payout_workers', 'payout_challenges', 'payout_challenges_awaiting',
-                    'payout_stakes', 'payout_notifications', 'payout_schedules']) AS v;
+                    'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts']) AS v;
 SELECT results_eq('SELECT check_name, ok FROM payout_health ORDER BY check_name',
     $$VALUES ('entries_per_second', true), ('expired_challenges', true), ('failed_entries', true), ('failed_jobs', true), ('oldest_job', true),
-             ('overdue_challenges', true), ('restored_jobs', true), ('worker_running', false), ('xmin_holder', true)$$,
+             ('overdue_challenges', true), ('restored_jobs', true), ('sending_armed', true), ('stuck_transfers', true), ('worker_running', false), ('xmin_holder', true)$$,
     'all is well, but for the worker, which this test has stopped');
 SELECT is_empty('SELECT * FROM payout_health WHERE num_nulls(check_name, ok, value, threshold, hint) > 0', 'no check leaves anything out');
 
@@ -217,11 +220,21 @@ BEGIN
 END $$;
 SELECT payout_create_job('large' || n, array_agg('u' || n || '_' || i), array_agg(1), batch_size => 10, run_at => '2100-01-01')
   FROM generate_series(1, 20) n, generate_series(1, 1000) i GROUP BY n \g /dev/null
-ANALYZE payoutq.job, payoutq.entry, payoutq.batch;
+CREATE SERVER large FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external');
+SELECT payout_set_destination('w' || n || '_' || i, 'large', 'x') FROM generate_series(1, 10) n, generate_series(1, 300) i \g /dev/null
+SELECT payout_create_job('wired' || n, array_agg('w' || n || '_' || i), array_agg(1), provider => 'large')
+  FROM generate_series(1, 10) n, generate_series(1, 310) i GROUP BY n \g /dev/null
+CALL payout_process();
+SELECT count(*) FROM payout_claim_transfers('large', 1000) \g /dev/null
+SELECT is((SELECT count(*) FROM payout_transfers), 3100::bigint, 'many transfers');
+ANALYZE payoutq.job, payoutq.entry, payoutq.batch, payoutq.transfer, payoutq.attempt;
 SELECT unalike(pg_temp.plan_of(query), scan, query || ': no' || replace(scan, '%', ' '))
   FROM unnest(ARRAY['SELECT * FROM payout_entries WHERE job_id = 7', 'SELECT * FROM payout_entries WHERE user_id = ''u5_5''',
                     'SELECT * FROM payout_ledger WHERE job_id = 7', 'SELECT * FROM payout_failed_entries WHERE job_id = 7']) AS query,
-       unnest(ARRAY['%Seq Scan on entry%', '%Seq Scan on batch%']) AS scan;
+       unnest(ARRAY['%Seq Scan on entry%', '%Seq Scan on batch%', '%Seq Scan on transfer%']) AS scan;
+SELECT unalike(pg_temp.plan_of(query), '%Seq Scan on%', query || ': no Seq Scan')
+  FROM unnest(ARRAY['SELECT * FROM payout_transfers WHERE transfer_id = 7', 'SELECT * FROM payout_transfers WHERE job_id = 30',
+                    'SELECT * FROM payout_attempts WHERE transfer_id = 7']) AS query;
 
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'the books balance');
 
