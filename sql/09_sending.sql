@@ -170,6 +170,144 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(payoutq.provider_option(provider, 'quiet_period'), '1 hour')::interval
 $$;
 
+-- Web hooks: what a provider tells of its own accord, at least once, in any order.
+
+CREATE TABLE payoutq.webhook_event (
+    provider    text NOT NULL,
+    event_id    text NOT NULL,
+    received_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (provider, event_id)
+);
+COMMENT ON TABLE payoutq.webhook_event IS 'events of providers that were handled; kept for payoutq.retention';
+SELECT pg_catalog.pg_extension_config_dump('payoutq.webhook_event', '');
+
+CREATE FUNCTION payoutq.signature_is_valid(provider text, header text, body bytea, at timestamptz) RETURNS boolean
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_signature_is_valid';
+
+-- An event of Stripe is a hint: what it is about is read again.
+CREATE FUNCTION payoutq.handle_stripe_event(provider text, event jsonb) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    object jsonb := event #> '{data,object}';
+    target payoutq.transfer;
+BEGIN
+    IF event ->> 'type' NOT LIKE 'transfer.%' THEN
+        RETURN 'ignored';
+    END IF;
+    SELECT t.* INTO target FROM payoutq.transfer t
+     WHERE t.provider = provider AND t.provider_reference = object ->> 'id' FOR UPDATE;
+    IF NOT FOUND AND object #>> '{metadata,payoutq_transfer}' ~ '^[0-9]{1,18}$' THEN
+        -- It came before the answer, or instead of it.
+        SELECT t.* INTO target FROM payoutq.transfer t
+         WHERE t.id = (object #>> '{metadata,payoutq_transfer}')::bigint AND t.provider = provider
+           AND payoutq.idempotency_key(t.id, t.generation) = object #>> '{metadata,payoutq_key}' FOR UPDATE;
+    END IF;
+    IF target.id IS NULL THEN
+        RETURN 'ignored';
+    END IF;
+    IF target.status = 'unknown' AND target.provider_reference IS NULL THEN
+        PERFORM payoutq.mark_sent(target, object ->> 'id');
+    ELSIF target.status = 'sent' THEN
+        UPDATE payoutq.transfer t SET run_after = least(t.run_after, clock_timestamp()) WHERE t.id = target.id;
+    ELSIF event ->> 'type' = 'transfer.reversed' THEN
+        UPDATE payoutq.transfer t SET error = 'reversed at the provider' WHERE t.id = target.id;
+    END IF;
+    PERFORM payoutq.wake();
+    RETURN 'accepted';
+END $$;
+
+CREATE FUNCTION @extschema@.payout_handle_webhook(provider text, headers jsonb, body bytea, at timestamptz DEFAULT clock_timestamp())
+RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    kind text := payoutq.provider_kind(provider);
+    header text := (SELECT h.value FROM jsonb_each_text(headers) h
+                     WHERE lower(h.key) = CASE kind WHEN 'stripe' THEN 'stripe-signature' ELSE 'payoutq-signature' END LIMIT 1);
+    event jsonb;
+BEGIN
+    IF body IS NULL OR NOT coalesce(payoutq.signature_is_valid(provider, header, body, at), false) THEN
+        RAISE EXCEPTION 'the signature of the web hook is not valid'
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'Pass on the body byte by byte, and all headers; the secret is the option webhook_secret of the user mapping for PUBLIC.';
+    END IF;
+    event := convert_from(body, 'UTF8')::jsonb;
+    IF event ->> 'id' IS NULL THEN
+        RAISE EXCEPTION 'the web hook has no event id' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    INSERT INTO payoutq.webhook_event (provider, event_id) VALUES (provider, event ->> 'id') ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN 'duplicate';
+    END IF;
+    IF kind = 'stripe' THEN
+        RETURN payoutq.handle_stripe_event(provider, event);
+    END IF;
+    RETURN @extschema@.payout_confirm_transfer(provider, event ->> 'reference', (event ->> 'status') = 'completed', event ->> 'reason');
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_handle_webhook(text, jsonb, bytea, timestamptz) IS
+'handles what a provider has posted to the application: headers as an object, the body as it came; verifies its signature, and each event once; returns accepted, ignored, duplicate, or for kind webhook ({"id", "reference", "status": "completed" | "failed", "reason"}) the status of the transfer; errors: 42501 (signature), 22P02, 22023, 42704';
+
+-- The provider's books against ours.
+CREATE FUNCTION @extschema@.payout_reconcile(provider text, listing jsonb DEFAULT '[]', older_than interval DEFAULT '1 hour',
+                                 repair boolean DEFAULT false)
+RETURNS TABLE (finding text, transfer_id bigint, provider_reference text, amount bigint, currency text, detail text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    PERFORM payoutq.provider_kind(provider);
+    IF jsonb_typeof(listing) IS DISTINCT FROM 'array' THEN
+        RAISE EXCEPTION 'listing must be an array of objects' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF repair THEN
+        -- What is unknown here, and known there under the same key, was sent.
+        PERFORM payoutq.mark_sent(t, l ->> 'reference')
+           FROM jsonb_array_elements(listing) l
+           JOIN payoutq.transfer t ON t.id = substring(l ->> 'key' FROM '^payout:([0-9]{1,18})(:g[0-9]+)?$')::bigint
+          WHERE t.provider = provider AND t.status = 'unknown' AND t.provider_reference IS NULL
+            AND payoutq.idempotency_key(t.id, t.generation) = l ->> 'key' AND t.amount = (l ->> 'amount')::bigint;
+        PERFORM payoutq.wake();
+    END IF;
+
+    RETURN QUERY
+    WITH theirs AS MATERIALIZED (
+        SELECT l ->> 'reference' AS reference, l ->> 'key' AS key, (l ->> 'amount')::bigint AS amount, l ->> 'currency' AS currency,
+               l ->> 'destination' AS destination, coalesce((l ->> 'reversed')::boolean, false) AS reversed,
+               substring(l ->> 'key' FROM '^payout:([0-9]{1,18})(:g[0-9]+)?$')::bigint AS transfer_id
+          FROM jsonb_array_elements(listing) l
+    ), ours AS MATERIALIZED (
+        SELECT t.* FROM payoutq.transfer t WHERE t.provider = provider
+    ), matched AS MATERIALIZED (
+        SELECT h.*, o.id, o.status, o.amount AS our_amount, o.currency AS our_currency, o.destination AS our_destination
+          FROM theirs h LEFT JOIN ours o ON o.provider_reference = h.reference
+    )
+    SELECT 'missing', o.id, o.provider_reference, o.amount, o.currency, format('it is %s here, and not in the listing', o.status)
+      FROM ours o
+     WHERE o.status IN ('sent', 'completed') AND o.provider_reference IS NOT NULL AND o.updated_at < clock_timestamp() - older_than
+       AND NOT EXISTS (SELECT FROM theirs h WHERE h.reference = o.provider_reference)
+    UNION ALL
+    SELECT 'orphan', m.transfer_id, m.reference, m.amount, m.currency,
+           coalesce((SELECT format('its transfer is %s here', o.status) FROM ours o WHERE o.id = m.transfer_id), 'no transfer has its key')
+      FROM matched m WHERE m.id IS NULL
+    UNION ALL
+    SELECT 'duplicate', h.transfer_id, string_agg(h.reference, ', '), sum(h.amount)::bigint, min(h.currency), format('%s of them', count(*))
+      FROM theirs h WHERE h.transfer_id IS NOT NULL AND NOT h.reversed GROUP BY h.transfer_id HAVING count(*) > 1
+    UNION ALL
+    SELECT 'amount_mismatch', m.id, m.reference, m.amount, m.currency,
+           format('%s %s to %s here', m.our_amount, m.our_currency, m.our_destination)
+      FROM matched m
+     WHERE m.amount <> m.our_amount OR lower(m.currency) <> lower(m.our_currency) OR m.destination <> m.our_destination
+    UNION ALL
+    SELECT 'reversed', m.id, m.reference, m.amount, m.currency, format('it is %s here', m.status)
+      FROM matched m WHERE m.reversed AND m.status IN ('sent', 'completed')
+    UNION ALL
+    SELECT 'stale_unknown', o.id, o.provider_reference, o.amount, o.currency, o.error
+      FROM ours o WHERE o.status = 'unknown' AND o.updated_at < clock_timestamp() - older_than
+    ORDER BY 1, 2;
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_reconcile(text, jsonb, interval, boolean) IS
+'compares our transfers with all that a provider lists, as [{"reference", "key", "amount", "currency", "destination", "reversed"}]: missing, orphan, duplicate, amount_mismatch, reversed, stale_unknown; with repair, what is unknown here and listed under its key becomes sent, which is safe to repeat; errors: 22023, 42704';
+
 CREATE FUNCTION payoutq.provider_states()
 RETURNS TABLE (provider text, kind text, base_url text, open_until timestamptz, reason text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -26,6 +26,9 @@
 #define DEFAULT_TIMEOUT_MS	80000
 #define DEFAULT_API_VERSION	"2024-06-20"
 
+/* As long as a signature of a web hook is good */
+#define SIGNATURE_TOLERANCE_S	300
+
 typedef enum OptionType
 {
 	OPTION_KIND,
@@ -65,6 +68,7 @@ static int64 interval_ms(const char *name, const char *value);
 static bool is_loopback(const char *host);
 
 PG_FUNCTION_INFO_V1(payoutq_provider_validator);
+PG_FUNCTION_INFO_V1(payoutq_signature_is_valid);
 
 /* payoutq.provider_validator(options text[], catalog oid) */
 Datum
@@ -317,4 +321,59 @@ payoutq_json_text(const char *json, int length, const char *const *path, int dep
 	}
 	PG_END_TRY();
 	return result;
+}
+
+/*
+ * payoutq.signature_is_valid(provider, header, body, at): is one of the v1 in
+ * "t=<unix time>,v1=<hex>,..." the HMAC-SHA256 of "t.body", and t not long ago?
+ * https://docs.stripe.com/webhooks#verify-manually; ours are made alike.  It is
+ * checked on the bytes, before anything is parsed.
+ */
+Datum
+payoutq_signature_is_valid(PG_FUNCTION_ARGS)
+{
+	static EngineStatement find = {
+		"SELECT o.option_value FROM pg_foreign_server s"
+		"  JOIN pg_user_mapping m ON m.umserver = s.oid AND m.umuser = 0, pg_options_to_table(m.umoptions) o"
+		" WHERE s.srvname = $1 AND o.option_name = 'webhook_secret'",
+		1, {TEXTOID}
+	};
+	Datum		values[] = {PG_GETARG_DATUM(0)};
+	char	   *header = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	bytea	   *body = PG_GETARG_BYTEA_PP(2);
+	int64		now = timestamptz_to_time_t(PG_GETARG_TIMESTAMPTZ(3));
+	EngineState state;
+	char	   *secret = NULL;
+	StringInfoData text;
+	char	   *expected;
+	int64		signed_at = 0;
+	bool		valid = false;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 1)
+		secret = payoutq_result_cstring(0, 1);
+
+	initStringInfo(&text);
+	if (secret && strncmp(header, "t=", 2) == 0)
+	{
+		signed_at = strtoll(header + 2, NULL, 10);
+		appendBinaryStringInfo(&text, header + 2, strspn(header + 2, "0123456789"));
+		appendStringInfoChar(&text, '.');
+		appendBinaryStringInfo(&text, VARDATA_ANY(body), VARSIZE_ANY_EXHDR(body));
+		expected = payoutq_hmac_sha256(secret, text.data, text.len);
+		for (char *part = strtok(header, ","); part; part = strtok(NULL, ","))
+			if (strncmp(part, "v1=", 3) == 0 && strlen(part + 3) == strlen(expected))
+			{
+				unsigned char difference = 0;
+
+				/* In constant time */
+				for (int i = 0; expected[i]; i++)
+					difference |= part[3 + i] ^ expected[i];
+				valid |= difference == 0;
+			}
+	}
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PG_RETURN_BOOL(valid && Max(now, signed_at) - Min(now, signed_at) <= SIGNATURE_TOLERANCE_S);
 }
