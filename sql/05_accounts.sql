@@ -8,10 +8,11 @@ $$;
 COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
 'balance of a user or of a system account (@outside, @platform, @job:<id>, @challenge:<id>), in minor units; 0 if there is no such account';
 
--- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted before.
+-- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted
+-- before. Its plans are kept, so none may be made for tables that were small.
 CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text,
                              challenge_id bigint DEFAULT NULL, side text DEFAULT NULL, OUT id bigint, OUT is_new boolean)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     user_id text := CASE kind WHEN 'deposit' THEN credit ELSE debit END;

@@ -46,6 +46,7 @@ CREATE TABLE payoutq.challenge (
     CHECK ((result IS NULL) = (resolved_at IS NULL))
 );
 CREATE INDEX challenge_due ON payoutq.challenge (status, due_at) WHERE status IN ('pending', 'active', 'pending_admin');
+-- Only for those who look for what came in with a restore; others write IS TRUE.
 CREATE INDEX challenge_origin ON payoutq.challenge (origin) WHERE status IN ('pending', 'active', 'pending_admin');
 COMMENT ON TABLE payoutq.challenge IS
 'contests on which people stake; what is staked are movements of kind stake into the account @challenge:<id>';
@@ -135,7 +136,7 @@ END $$;
 -- already takes stakes until payout_run_deadlines() closes it.
 CREATE FUNCTION @extschema@.payout_place_stake(challenge_id bigint, user_id text, side text, amount bigint,
                                    reference text DEFAULT NULL, at timestamptz DEFAULT clock_timestamp()) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     target payoutq.challenge;
@@ -230,7 +231,7 @@ BEGIN
     PERFORM payoutq.require_time(at);
     SELECT array_agg(d.id) INTO due
       FROM (SELECT c.id FROM payoutq.challenge c
-             WHERE c.status = 'active' AND c.due_at <= at AND c.origin = payoutq.origin()
+             WHERE c.status = 'active' AND c.due_at <= at AND (c.origin = payoutq.origin()) IS TRUE
              ORDER BY c.due_at FOR UPDATE SKIP LOCKED) d;
     IF due IS NULL THEN
         RETURN 0;

@@ -93,7 +93,7 @@ BEGIN
                    LATERAL (SELECT CASE WHEN c.due_at <= at THEN 'challenge_pending_review'
                                         WHEN c.due_at <= at + interval '10 minutes' THEN 'challenge_ending_10_mins'
                                         ELSE 'challenge_ending_1_hour' END) AS t (type)
-             WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour' AND c.origin = payoutq.origin()
+             WHERE c.status = 'active' AND c.due_at <= at + interval '1 hour' AND (c.origin = payoutq.origin()) IS TRUE
                AND payoutq.may_be_told(c, t.type, at)
              ORDER BY c.due_at FOR NO KEY UPDATE OF c SKIP LOCKED) near;
     RETURN CASE WHEN challenges IS NULL THEN 0 ELSE payoutq.tell_roles(challenges, types, at) END;

@@ -29,8 +29,9 @@ END $$;
 -- Challenges that are over, written behind the back of the books.
 CREATE PROCEDURE bench.completed_challenges(challenges bigint)
 LANGUAGE sql AS $$
-    INSERT INTO payoutq.challenge (title, currency, fee_bps, due_at, status, result, yes_pool, no_pool, yes_stakes,
-                                   no_stakes, closed_at, completed_at)
-    SELECT 'over', 'USD', 0, at, 'completed', 'draw', 0, 0, 0, 0, at, at
-      FROM generate_series(timestamptz '2020-01-01', timestamptz '2020-01-01' + (challenges - 1) * interval '1 minute', '1 minute') at
+    INSERT INTO payoutq.challenge (title, currency, fee_bps, due_at, status, result, job_id, yes_pool, no_pool, yes_stakes,
+                                   no_stakes, closed_at, resolved_at, completed_at)
+    SELECT 'over', 'USD', 0, at, 'completed', 'draw', -n, 0, 0, 0, 0, at, at, at
+      FROM generate_series(timestamptz '2020-01-01', timestamptz '2020-01-01' + (challenges - 1) * interval '1 minute', '1 minute')
+           WITH ORDINALITY AS over (at, n)
 $$;
