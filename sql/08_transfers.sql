@@ -52,6 +52,7 @@ CREATE TABLE payoutq.transfer (
 ) WITH (fillfactor = 70);
 CREATE INDEX transfer_due ON payoutq.transfer (provider, run_after, id)
     WHERE status IN ('pending', 'retryable', 'unknown', 'processing');
+CREATE INDEX transfer_unknown ON payoutq.transfer (provider, run_after, id) WHERE status = 'unknown';
 CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent';
 CREATE INDEX transfer_open ON payoutq.transfer (updated_at)
     WHERE status IN ('pending', 'processing', 'retryable', 'unknown', 'sent');
@@ -277,16 +278,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
 $$;
 
--- A key that was used three times with no answer, or that the provider may have
--- forgotten: it is looked what has been done under it.
-CREATE FUNCTION payoutq.wants_lookup(t payoutq.transfer) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT t.status IN ('unknown', 'processing') AND t.maybe_sent
-       AND (t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent_at + payoutq.key_life(t.provider))
-$$;
-
 -- A claim lasts as long as its lease. A lease that ends without a report is an
--- attempt with an unknown outcome: the next one uses the same key. Destinations
+-- attempt with an unknown outcome: the next one uses the same key. Left out are,
+-- if so asked, those of which claim_lookups() takes care. Destinations
 -- can be left out, and then each is claimed for once.
 CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL,
                                          without_lookups boolean DEFAULT false)
@@ -296,13 +290,15 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off 
 #variable_conflict use_variable
 DECLARE
     claimed_at timestamptz := clock_timestamp();
+    key_life interval := CASE WHEN without_lookups THEN payoutq.key_life(provider) END;
 BEGIN
     RETURN QUERY
     WITH locked AS (
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
-           AND NOT (without_lookups AND payoutq.wants_lookup(t))
+           AND NOT (without_lookups AND t.status IN ('unknown', 'processing')
+                    AND (t.attempts - t.first_attempt + 1 >= 3 OR claimed_at > t.first_sent_at + key_life))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
     ), due AS (
         SELECT l.id, l.status, l.attempts
@@ -323,7 +319,7 @@ BEGIN
         INSERT INTO payoutq.attempt (transfer_id, attempt, generation, token, started_at)
         SELECT c.id, c.attempts, c.generation, c.token, claimed_at FROM claimed c
     )
-    SELECT c.id, c.token, c.attempts, payoutq.idempotency_key(c.id, c.generation), c.user_id, c.destination, c.amount, c.currency,
+    SELECT c.id, c.token, c.attempts, 'payout:' || c.id || CASE WHEN c.generation > 1 THEN ':g' || c.generation ELSE '' END, c.user_id, c.destination, c.amount, c.currency,
            c.job_id, c.entry_seq
       FROM claimed c ORDER BY c.id;
 END $$;
@@ -368,12 +364,13 @@ BEGIN
 END $$;
 
 CREATE FUNCTION payoutq.end_attempt(t payoutq.transfer, outcome text, provider_reference text, error text) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
     UPDATE payoutq.attempt a
-       SET outcome = end_attempt.outcome, finished_at = clock_timestamp(), provider_reference = end_attempt.provider_reference,
-           error = end_attempt.error
-     WHERE a.transfer_id = t.id AND a.attempt = t.attempts
-$$;
+       SET outcome = outcome, finished_at = clock_timestamp(), provider_reference = provider_reference, error = error
+     WHERE a.transfer_id = t.id AND a.attempt = t.attempts;
+END $$;
 
 CREATE FUNCTION payoutq.mark_sent(t payoutq.transfer, provider_reference text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -1,7 +1,8 @@
 -- Sending: what the dispatcher (src/dispatcher.c) asks for and records. Calls are
 -- claimed in one transaction, made without any, and recorded in another.
 
--- A provider that refuses everybody (wrong key, no funds) is left alone for a while.
+-- A provider that refuses everybody (wrong key), or cannot be reached, is left
+-- alone for a while.
 CREATE TABLE payoutq.circuit (
     provider   text PRIMARY KEY,
     failures   integer NOT NULL,
@@ -64,7 +65,10 @@ BEGIN
             PERFORM payoutq.complete_transfer(target);
         WHEN 'refused' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
-                    payoutq.open_circuit(target.provider, reason);
+                    payoutq.open_circuit(target.provider, reason, interval '1 minute');
+        WHEN 'unreachable' THEN
+            PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
+                    payoutq.open_circuit(target.provider, reason, interval '1 s');
         WHEN 'throttled' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, coalesce(wait, interval '1 s'), false);
         ELSE
@@ -75,28 +79,31 @@ BEGIN
     END IF;
 END $$;
 
--- For a minute at first, then for up to a quarter of an hour.
-CREATE FUNCTION payoutq.open_circuit(provider text, reason text) RETURNS void
+-- Longer each time, up to fifteen times as long as at first.
+CREATE FUNCTION payoutq.open_circuit(provider text, reason text, first interval) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + interval '1 minute', reason)
+    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + first, reason)
     ON CONFLICT ON CONSTRAINT circuit_pkey DO UPDATE
        SET failures = c.failures + 1, reason = excluded.reason,
-           open_until = clock_timestamp() + least(interval '15 minutes', interval '1 minute' * 2 ^ least(c.failures, 10))
+           open_until = clock_timestamp() + first * least(15, 2 ^ c.failures)
      WHERE c.open_until <= clock_timestamp()
 $$;
 
 -- Transfers to ask the provider about; each is asked about once at a time.
 CREATE FUNCTION payoutq.claim_confirmations(provider text, max_count integer, lease interval)
 RETURNS TABLE (transfer_id bigint, provider_reference text, amount bigint, currency text, destination text)
-LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+BEGIN
+    RETURN QUERY
     UPDATE payoutq.transfer t SET run_after = clock_timestamp() + lease
       FROM (SELECT d.id FROM payoutq.transfer d
-             WHERE d.provider = claim_confirmations.provider AND d.status = 'sent' AND d.confirmed_at IS NULL
+             WHERE d.provider = provider AND d.status = 'sent' AND d.confirmed_at IS NULL
                AND d.run_after <= clock_timestamp()
              ORDER BY d.run_after, d.id LIMIT max_count FOR UPDATE SKIP LOCKED) due
      WHERE t.id = due.id
-    RETURNING t.id, t.provider_reference, t.amount, t.currency, t.destination
-$$;
+    RETURNING t.id, t.provider_reference, t.amount, t.currency, t.destination;
+END $$;
 
 CREATE FUNCTION payoutq.record_confirmation(transfer_id bigint, outcome text, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -122,17 +129,35 @@ BEGIN
     END CASE;
 END $$;
 
+-- Of transfers of which nobody knows, whose key was used three times, or may have
+-- been forgotten by the provider: it is looked what was done under it.
 CREATE FUNCTION payoutq.claim_lookups(provider text, max_count integer, lease interval)
 RETURNS TABLE (transfer_id bigint, idempotency_key text, destination text, amount bigint, currency text, job_id bigint)
-LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+DECLARE
+    key_life interval := payoutq.key_life(provider);
+BEGIN
+    -- Of a lapsed lease nobody knows either.
+    WITH lapsed AS (
+        UPDATE payoutq.transfer t SET status = 'unknown', maybe_sent = true
+         WHERE t.provider = provider AND t.status = 'processing' AND t.run_after <= clock_timestamp()
+           AND (t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent_at + key_life)
+        RETURNING t.id, t.attempts
+    )
+    UPDATE payoutq.attempt a
+       SET outcome = 'unknown', finished_at = clock_timestamp(), error = 'the lease ended without a report'
+      FROM lapsed l WHERE a.transfer_id = l.id AND a.attempt = l.attempts;
+
+    RETURN QUERY
     UPDATE payoutq.transfer t SET run_after = clock_timestamp() + lease
       FROM (SELECT d.id FROM payoutq.transfer d
-             WHERE d.provider = claim_lookups.provider AND d.status IN ('pending', 'retryable', 'unknown', 'processing')
-               AND d.status = 'unknown' AND d.run_after <= clock_timestamp() AND payoutq.wants_lookup(d)
+             WHERE d.provider = provider AND d.status = 'unknown' AND d.run_after <= clock_timestamp()
+               AND (d.attempts - d.first_attempt + 1 >= 3 OR clock_timestamp() > d.first_sent_at + key_life)
              ORDER BY d.run_after, d.id LIMIT max_count FOR UPDATE SKIP LOCKED) due
      WHERE t.id = due.id
-    RETURNING t.id, payoutq.idempotency_key(t.id, t.generation), t.destination, t.amount, t.currency, t.job_id
-$$;
+    RETURNING t.id, payoutq.idempotency_key(t.id, t.generation), t.destination, t.amount, t.currency, t.job_id;
+END $$;
 
 -- What was done under a key. That nothing was counts when it is quiet: the
 -- provider may still have been at it. Then a new key may be used.

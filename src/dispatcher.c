@@ -18,6 +18,7 @@
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "storage/ipc.h"
+#include "storage/pmsignal.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
@@ -28,15 +29,14 @@
 
 #define MAX_PROVIDERS	32
 #define POLL_MS			10
+#define RATE_LIMIT_NAP_MS	20
 
 /* Beyond the time-out of a call, so that only a dead process loses its lease. */
 #define LEASE_MARGIN_MS	60000
 
-/* Without something to send, the resident is asked to look so often. */
-#define LOOK_MS			1000
-
 static Provider *providers[MAX_PROVIDERS];
 static int	provider_count = 0;
+static TimestampTz providers_loaded_at = 0;
 
 static List *answered = NIL;	/* calls to be recorded */
 static List *claimed = NIL;		/* calls to be made */
@@ -44,6 +44,7 @@ static char *busy[PAYOUTQ_MAX_CALLS];	/* destinations of the calls under way */
 static int	busy_count = 0;
 
 static MemoryContext call_context = NULL;
+static bool rate_limited = false;
 
 static bool turn(TimestampTz now, TimestampTz *due);
 static void load_providers(void);
@@ -68,22 +69,18 @@ payoutq_ask_for_dispatcher(void)
 	static EngineStatement due = {
 		"SELECT payoutq.sending_due() IS NOT NULL", 0, {0}
 	};
-	static TimestampTz looked_at = 0;
-	TimestampTz now = GetCurrentTimestamp();
 	bool		is_there;
 	bool		isnull;
 
 	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
 	is_there = payoutq_has_dispatcher(MyDatabaseId);
 	LWLockRelease(payoutq_shared->lock);
-	if (is_there || !TimestampDifferenceExceeds(looked_at, now, LOOK_MS))
+	if (is_there)
 		return;
 
 	(void) payoutq_execute(&due, NULL, NULL, SPI_OK_SELECT);
 	if (DatumGetBool(payoutq_result(0, 1, &isnull)))
 		payoutq_call_for_dispatcher(MyDatabaseId);
-	else
-		looked_at = now;
 }
 
 /*
@@ -99,6 +96,9 @@ payoutq_dispatch(long *nap)
 
 	if (call_context == NULL)
 		call_context = AllocSetContextCreate(TopMemoryContext, "payoutq calls", ALLOCSET_DEFAULT_SIZES);
+	/* While there are calls nobody waits, and so nobody notices otherwise. */
+	if (!PostmasterIsAlive())
+		proc_exit(1);
 	busy_now = turn(now, &due);
 	start_calls();
 	payoutq_http_wait(POLL_MS);
@@ -111,8 +111,11 @@ payoutq_dispatch(long *nap)
 	}
 	if (due == 0)
 		*nap = -1;
-	else
+	else if (due > now)
 		*nap = Min(payoutq_send_interval, TimestampDifferenceMilliseconds(now, due) + 1);
+	else
+		/* It cannot be done now: because of the rate limit, or for longer. */
+		*nap = rate_limited ? RATE_LIMIT_NAP_MS : payoutq_send_interval;
 	return false;
 }
 
@@ -120,12 +123,12 @@ payoutq_dispatch(long *nap)
 static bool
 turn(TimestampTz now, TimestampTz *due)
 {
-	static TimestampTz loaded_at = 0;
 	static EngineStatement next = {
 		"SELECT payoutq.sending_due()", 0, {0}
 	};
 	static TimestampTz next_claim = 0;
 	static uint64 generation = 0;
+	static bool armed = false;
 	uint64		newest = payoutq_wake_generation(MyDatabaseId);
 	int			calls = 0;
 	ListCell   *cell;
@@ -146,12 +149,13 @@ turn(TimestampTz now, TimestampTz *due)
 
 	foreach(cell, answered)
 		try_to_record(lfirst(cell));
-	if (provider_count == 0 || TimestampDifferenceExceeds(loaded_at, now, payoutq_send_interval))
+	if (provider_count == 0 || TimestampDifferenceExceeds(providers_loaded_at, now, payoutq_send_interval))
 	{
 		load_providers();
-		loaded_at = now;
+		armed = sending_is_armed();
+		providers_loaded_at = now;
 	}
-	if (sending_is_armed())
+	if (armed)
 		calls = claim_calls(now);
 	if (calls == 0)
 	{
@@ -235,6 +239,7 @@ claim_calls(TimestampTz now)
 {
 	int			calls = 0;
 
+	rate_limited = false;
 	for (int i = 0; i < provider_count; i++)
 	{
 		Provider   *provider = providers[i];
@@ -242,6 +247,8 @@ claim_calls(TimestampTz now)
 		int			sends;
 		int			confirmations;
 
+		if (!provider->gone && !provider->problem && allowed == 0)
+			rate_limited = true;
 		if (provider->gone || allowed == 0)
 			continue;
 		if (provider->problem)
@@ -473,7 +480,7 @@ try_to_record(Call *call)
 static void
 record(Call *call)
 {
-	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "rejected", "absent"};
+	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "unreachable", "rejected", "absent"};
 	static EngineStatement answer = {
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",
 		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}
@@ -517,8 +524,8 @@ record(Call *call)
 		nulls[6] = call->retry_after >= 0 ? ' ' : 'n';
 		(void) payoutq_execute(&answer, values, nulls, SPI_OK_SELECT);
 	}
-	if (call->outcome == CALL_REFUSED)
-		call->provider->open_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 60000);
+	if (call->outcome == CALL_REFUSED || call->outcome == CALL_UNREACHABLE)
+		providers_loaded_at = 0;	/* its circuit is open now */
 	if (call->outcome != CALL_COMPLETED && call->outcome != CALL_SENT && call->reason)
 		payoutq_worker_error(call->reason);
 	payoutq_worker_count(call->is_confirmation || call->is_lookup ? 0 : 1);

@@ -146,8 +146,8 @@ payoutq_http_done(void)
 }
 
 /*
- * Without an answer: what was never sent is tried again, and of all else nobody
- * knows.
+ * Without an answer: what was never sent is tried again, and uses up no attempt,
+ * since it is nobody's fault; of all else nobody knows.
  */
 static void
 classify(Call *call)
@@ -161,7 +161,7 @@ classify(Call *call)
 	else
 	{
 		curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);
-		call->outcome = sent_after == 0 ? CALL_TRANSIENT : CALL_UNKNOWN;
+		call->outcome = sent_after == 0 ? CALL_UNREACHABLE : CALL_UNKNOWN;
 		call->reason = call->too_long ? psprintf("the answer is longer than %d bytes", MAX_ANSWER) :
 			pstrdup(curl_easy_strerror(call->code));
 	}

@@ -20,6 +20,7 @@ typedef enum CallOutcome
 	CALL_UNKNOWN,				/* nobody knows: the same key again */
 	CALL_THROTTLED,				/* not looked at: too many calls */
 	CALL_REFUSED,				/* not looked at: nobody's would be */
+	CALL_UNREACHABLE,			/* there was no connection to send it over */
 	CALL_REJECTED,				/* of a confirmation: it will not happen */
 	CALL_ABSENT					/* of a lookup: there is no such transfer */
 } CallOutcome;

@@ -23,6 +23,10 @@ use strict;
 use warnings;
 
 use Exporter 'import';
+use FindBin;
+use HTTP::Tiny;
+use IPC::Open2;
+use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -41,6 +45,12 @@ our @EXPORT = qw(
   worker_errors
   kill9
   crash
+  dispatcher_pid
+  start_provider
+  stop_provider
+  create_provider
+  ask
+  rule
 );
 
 =pod
@@ -330,8 +340,8 @@ sub kill9
 
 =item crash($node, $db, $how, $query)
 
-Kills a worker of the database (C<worker>), the postmaster (C<postmaster>) or
-all processes of the server at once (C<all>).  Returns when the server answers
+Kills a worker of the database (C<worker>), its dispatcher (C<dispatcher>), the
+postmaster (C<postmaster>) or all processes of the server at once (C<all>).  Returns when the server answers
 again, with what the query said just before.
 
 =cut
@@ -342,10 +352,10 @@ sub crash
 	my $session = $node->background_psql($db);
 	my @children = split /\n/,
 	  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-	my $worker = worker_pid($node, $db);
+	my $worker = $how eq 'dispatcher' ? dispatcher_pid($node, $db) : worker_pid($node, $db);
 	my $before = $session->query_safe($query);
 
-	if ($how eq 'worker')
+	if ($how eq 'worker' || $how eq 'dispatcher')
 	{
 		kill9($worker);
 	}
@@ -362,6 +372,126 @@ sub crash
 	$session->quit;
 	wait_for($node, $db, 'SELECT true');
 	return $before;
+}
+
+=item dispatcher_pid($node, $db)
+
+The process id of the dispatcher of the database, once it has one.
+
+=cut
+
+sub dispatcher_pid
+{
+	my ($node, $db) = @_;
+	my $dispatcher = qq{FROM pg_stat_activity
+		WHERE application_name = 'payoutq worker (dispatcher)' AND datname = '$db'};
+	my $pid = '';
+
+	# It may leave between two questions.
+	while ($pid eq '')
+	{
+		wait_for($node, 'postgres', "SELECT count(*) > 0 $dispatcher")
+		  or die "there is no dispatcher in $db";
+		$pid = $node->safe_psql('postgres', "SELECT min(pid) $dispatcher");
+	}
+	return $pid;
+}
+
+=item start_provider(%options)
+
+Starts a provider to test against, test/provider/provider.js, and returns it.
+Options are those of the program.  It ends with the test, however that ends.
+
+=cut
+
+my @providers;
+
+sub start_provider
+{
+	my (%options) = @_;
+	my $pid = open2(my $out, my $in, 'node', "$FindBin::RealBin/../provider/provider.js",
+		map { ("--$_" => $options{$_}) } sort keys %options);
+	my $provider = { pid => $pid, out => $out, in => $in };
+
+	push @providers, $provider;
+	(<$out> // '') =~ /^listening (\d+)/ or die 'the provider does not start';
+	$provider->{port} = $1;
+	$provider->{url} = "http://127.0.0.1:$1";
+	return $provider;
+}
+
+=item stop_provider($provider)
+
+Its books are gone with it.
+
+=cut
+
+sub stop_provider
+{
+	my ($provider) = @_;
+
+	close($provider->{in});
+	waitpid($provider->{pid}, 0);
+	return;
+}
+
+END
+{
+	my $status = $?;
+	stop_provider($_) foreach grep { defined fileno($_->{in}) } @providers;
+	$? = $status;
+}
+
+=item create_provider($node, $db, $name, %options)
+
+Creates the foreign server, with a user mapping for the C<api_key> or
+C<webhook_secret> among the options.
+
+=cut
+
+sub create_provider
+{
+	my ($node, $db, $name, %options) = @_;
+	my %secret = map { $_ => delete $options{$_} } grep { exists $options{$_} } ('api_key', 'webhook_secret');
+	my $list = sub {
+		my (%o) = @_;
+		return join ', ', map { "$_ '$o{$_}'" } sort keys %o;
+	};
+
+	$options{kind} //= 'stripe';
+	$node->safe_psql($db, "CREATE SERVER $name FOREIGN DATA WRAPPER payout_provider OPTIONS (" . $list->(%options) . ')');
+	$node->safe_psql($db, "CREATE USER MAPPING FOR PUBLIC SERVER $name OPTIONS (" . $list->(%secret) . ')') if %secret;
+	return;
+}
+
+=item ask($provider, $method, $path, $data)
+
+A call to the provider, of the test's own; returns the decoded answer.
+
+=cut
+
+sub ask
+{
+	my ($provider, $method, $path, $data) = @_;
+	my $answer = HTTP::Tiny->new(timeout => 30)->request($method, "$provider->{url}$path",
+		defined $data ? { content => encode_json($data) } : {});
+
+	$answer->{success} or die "$method $path: $answer->{status} $answer->{content}";
+	return JSON::PP->new->utf8->allow_nonref->decode($answer->{content});
+}
+
+=item rule($provider, $destination, %fault)
+
+What the next call for the destination gets; see the program.
+
+=cut
+
+sub rule
+{
+	my ($provider, $destination, %fault) = @_;
+
+	ask($provider, 'POST', '/rules', { destination => $destination, %fault });
+	return;
 }
 
 =pod

@@ -109,6 +109,8 @@ INSERT INTO may VALUES
     ('operator', 'payout_transfer_failed(bigint,uuid,text,text)'),
     ('operator', 'payout_confirm_transfer(text,text,boolean,text)'),
     ('operator', 'payout_retry_transfer(bigint)'),
+    ('operator', 'payout_reconcile(text,jsonb,interval,boolean)'),
+    ('operator', 'payout_handle_webhook(text,jsonb,bytea,timestamp with time zone)'),
     ('admin', 'payout_schedule(text,text,text,text)'),
     ('admin', 'payout_unschedule()'),
     ('admin', 'payout_maintain(integer)'),
@@ -132,7 +134,7 @@ SELECT set_eq(format('SELECT * FROM pg_temp.rights(%L)', who),
     $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
                                            'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
                                            'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules',
-                                           'payout_transfers', 'payout_attempts']) AS v$$,
+                                           'payout_transfers', 'payout_attempts', 'payout_providers']) AS v$$,
     who || ' may read the views, and has no right on the storage')
   FROM unnest(ARRAY['payoutq_test_reader', 'payoutq_test_operator', 'payoutq_test_admin']) AS who;
 SELECT ok(NOT has_schema_privilege(who, 'payoutq', 'USAGE, CREATE'), who || ' has no right on the schema')
