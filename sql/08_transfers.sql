@@ -245,14 +245,25 @@ BEGIN
     END IF;
 END $$;
 
--- The money and the counters of a transfer that comes to its end. Its row is locked.
+-- The money and the counters of a transfer that comes to its end. Its row is
+-- locked. What was not sent is the user's, or whose it was if the job was
+-- cancelled, or if the user's account in a bound table is gone.
 CREATE FUNCTION payoutq.settle_transfer(t payoutq.transfer, status text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     transit text := '@transit:' || t.provider;
-    target text := CASE status WHEN 'completed' THEN '@outside' ELSE t.user_id END;
+    target text := '@outside';
 BEGIN
-    PERFORM payoutq.change_balance(target, t.currency, t.amount);
+    IF status <> 'completed' THEN
+        SELECT CASE j.status WHEN 'cancelled' THEN j.source_account ELSE t.user_id END INTO target
+          FROM payoutq.job j WHERE j.id = t.job_id;
+        BEGIN
+            PERFORM payoutq.change_balance(target, t.currency, t.amount);
+        EXCEPTION WHEN undefined_object THEN
+            SELECT j.source_account INTO target FROM payoutq.job j WHERE j.id = t.job_id;
+            PERFORM payoutq.change_balance(target, t.currency, t.amount);
+        END;
+    END IF;
     INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, transfer_id, reference)
     VALUES (CASE status WHEN 'completed' THEN 'transfer' ELSE 'release' END, transit, target, t.currency, t.amount, t.job_id,
             t.entry_seq, t.id, format('ledger:payout:%s:%s', t.id, t.attempts));
@@ -279,8 +290,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 -- A claim lasts as long as its lease. A lease that ends without a report is an
--- attempt with an unknown outcome: the next one uses the same key. Left out are,
--- if so asked, those of which claim_lookups() takes care. Destinations
+-- attempt with an unknown outcome: the next one uses the same key, unless the
+-- provider may have forgotten it. Left out are, if so asked, those of which
+-- claim_lookups() takes care. Destinations
 -- can be left out, and then each is claimed for once.
 CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL,
                                          without_lookups boolean DEFAULT false)
@@ -290,15 +302,15 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off 
 #variable_conflict use_variable
 DECLARE
     claimed_at timestamptz := clock_timestamp();
-    key_life interval := CASE WHEN without_lookups THEN payoutq.key_life(provider) END;
+    key_life interval := payoutq.key_life(provider);
 BEGIN
     RETURN QUERY
     WITH locked AS (
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
-           AND NOT (without_lookups AND t.status IN ('unknown', 'processing')
-                    AND (t.attempts - t.first_attempt + 1 >= 3 OR claimed_at > t.first_sent_at + key_life))
+           AND NOT (t.status IN ('unknown', 'processing')
+                    AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND t.attempts - t.first_attempt + 1 >= 3))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
     ), due AS (
         SELECT l.id, l.status, l.attempts
@@ -400,6 +412,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target payoutq.transfer := payoutq.reporting_transfer(transfer_id, attempt_token);
 BEGIN
+    provider_reference := nullif(provider_reference, '');
     PERFORM payoutq.end_attempt(target, 'completed', provider_reference, NULL);
     target.provider_reference := provider_reference;
     PERFORM payoutq.complete_transfer(target);
@@ -469,13 +482,14 @@ DECLARE
                          ELSE 'retryable' END;
     next_try timestamptz := clock_timestamp() + coalesce(wait, payoutq.backoff(in_generation));
 BEGIN
+    IF outcome = 'retryable' AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status = 'cancelled') THEN
+        outcome := 'failed_terminal';
+    END IF;
     PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
     UPDATE payoutq.transfer
        SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
            first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
-           run_after = CASE WHEN outcome = 'unknown' AND payoutq.provider_kind(provider) <> 'stripe'
-                                 AND next_try > first_sent_at + payoutq.key_life(provider) THEN 'infinity'
-                            ELSE next_try END
+           run_after = next_try
      WHERE id = t.id;
     IF outcome = 'failed_terminal' THEN
         PERFORM payoutq.settle_transfer(t, outcome);
@@ -569,9 +583,16 @@ BEGIN
     job := payoutq.locked_job(target.job_id);
     SELECT t.* INTO target FROM payoutq.transfer t WHERE t.id = transfer_id FOR UPDATE;
 
-    IF target.status IN ('retryable', 'unknown') AND target.run_after < 'infinity' THEN
+    IF target.status = 'retryable'
+       OR target.status = 'unknown' AND clock_timestamp() <= target.first_sent_at + payoutq.key_life(target.provider) THEN
         UPDATE payoutq.transfer t SET run_after = clock_timestamp() WHERE t.id = target.id;
         RETURN target.status;
+    END IF;
+    IF target.status = 'unknown' THEN
+        RAISE EXCEPTION 'transfer % cannot be retried', target.id
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'It may have been made, and the provider may have forgotten its key.',
+                  HINT = 'Look for it at the provider, then use payout_reconcile() or payout_fail_transfer().';
     END IF;
     IF target.status NOT IN ('failed_terminal', 'confirmation_failed') OR job.status = 'cancelled' THEN
         RAISE EXCEPTION 'transfer % cannot be retried', target.id
@@ -599,6 +620,31 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_retry_transfer(bigint) IS
 'sends a failed transfer again, under a new key and to the user''s present destination, and returns its status; one that is retryable or unknown is due now, under its old key; errors: 42704, 55000, 23514 (the user has spent the money)';
+
+CREATE FUNCTION @extschema@.payout_fail_transfer(transfer_id bigint, reason text DEFAULT NULL) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    target payoutq.transfer;
+BEGIN
+    SELECT t.* INTO target FROM payoutq.transfer t WHERE t.id = transfer_id FOR UPDATE;
+    IF NOT FOUND THEN
+        PERFORM payoutq.refuse_unknown_transfer(transfer_id);
+    ELSIF NOT (target.status IN ('pending', 'retryable', 'unknown') OR target.status = 'processing' AND target.run_after <= clock_timestamp()) THEN
+        RAISE EXCEPTION 'transfer % cannot be failed', target.id
+            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = format('It is %s.', target.status);
+    END IF;
+    IF target.status = 'processing' THEN
+        PERFORM payoutq.end_attempt(target, 'unknown', NULL, 'the lease ended without a report');
+    END IF;
+    UPDATE payoutq.transfer t
+       SET status = 'failed_terminal', error = coalesce(reason, 'failed by hand'), updated_at = clock_timestamp()
+     WHERE t.id = target.id;
+    PERFORM payoutq.settle_transfer(target, 'failed_terminal');
+    RETURN 'failed_terminal';
+END $$;
+COMMENT ON FUNCTION @extschema@.payout_fail_transfer(bigint, text) IS
+'ends a transfer of which somebody has made sure that the provider has not made it, nor will; the money is back in the user''s balance; errors: 42704, 55000';
 
 -- Of a job that is cancelled: what nobody has begun to send goes back.
 CREATE FUNCTION payoutq.cancel_transfers(job payoutq.job) RETURNS void
@@ -677,7 +723,7 @@ BEGIN
     EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(q.user_id::pg_catalog.text), pg_catalog.array_agg(q.amount::pg_catalog.int8) FROM (%s) AS q',
                               pg_catalog.replace(TG_ARGV[1], '$1', pg_catalog.quote_literal(key))) INTO users, amounts;
     IF users IS NOT NULL THEN
-        PERFORM @extschema@.payout_create_job(reference, users, amounts, provider => pg_catalog.nullif(TG_ARGV[2], ''),
+        PERFORM @extschema@.payout_create_job(reference, users, amounts, provider => nullif(TG_ARGV[2], ''),
                                               currency => coalesce(TG_ARGV[3], 'USD'));
     END IF;
     RETURN NULL;

@@ -32,10 +32,9 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
       FROM payoutq.sending_providers() p,
            LATERAL (SELECT greatest(p.open_until, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
-                       AND t.run_after < 'infinity'
                      UNION ALL
                     SELECT min(t.run_after) FROM payoutq.transfer t
-                     WHERE t.provider = p.name AND t.status = 'sent' AND t.run_after < 'infinity') AS d (run_after)
+                     WHERE t.provider = p.name AND t.status = 'sent') AS d (run_after)
 $$;
 
 -- What a provider has answered to a transfer that was sent. A report that comes

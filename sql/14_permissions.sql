@@ -15,10 +15,11 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
                            'payout_place_stake', 'payout_add_evidence', 'payout_run_deadlines', 'payout_run_notifications',
                            'payout_resolve_challenge', 'payout_cancel_challenge', 'payout_mark_notification_read',
                            'payout_set_destination', 'payout_claim_transfers', 'payout_transfer_sent', 'payout_transfer_completed',
-                           'payout_transfer_failed', 'payout_confirm_transfer', 'payout_retry_transfer', 'payout_handle_webhook', 'payout_reconcile']),
+                           'payout_transfer_failed', 'payout_confirm_transfer', 'payout_retry_transfer', 'payout_handle_webhook', 'payout_reconcile',
+                           'payout_on_settlement']),
         ('admin', ARRAY['payout_reverse_entry', 'payout_bind_accounts', 'payout_unbind_accounts', 'payout_start_worker',
                         'payout_stop_workers', 'payout_grant', 'payout_revoke', 'payout_schedule', 'payout_unschedule', 'payout_maintain',
-                        'payout_on_confirm', 'payout_arm_sending'])
+                        'payout_on_confirm', 'payout_arm_sending', 'payout_fail_transfer'])
     ) AS l (level, objects)
     WHERE object = ANY (l.objects)
 $$;

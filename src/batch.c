@@ -45,7 +45,7 @@ static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
 static int	try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing,
 							 ErrorData **error);
-static int	hold_entries(const Claim *claim);
+static void hold_entries(const Claim *claim);
 static void tell_winners(const Claim *claim);
 static void complete_batch(const Claim *claim);
 static void count_progress(const Claim *claim, int completed, int failed,
@@ -108,13 +108,15 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 	MemoryContextSwitchTo(context);
 	PG_TRY();
 	{
-		count = claim->provider ? hold_entries(claim) :
-			payoutq_credit_entries(claim, one_pass, missing);
+		if (!claim->provider)
+			count = payoutq_credit_entries(claim, one_pass, missing);
 		if (count == 0)
 		{
 			if (claim->tells_winners)
 				tell_winners(claim);
 			complete_batch(claim);
+			if (claim->provider)
+				hold_entries(claim);
 			ReleaseCurrentSubTransaction();
 		}
 		else
@@ -131,8 +133,8 @@ try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing, ErrorData *
 	return count;
 }
 
-/* They become transfers, for which the money is held. */
-static int
+/* They become transfers, for which the money is held once it is posted. */
+static void
 hold_entries(const Claim *claim)
 {
 	static EngineStatement hold = {
@@ -142,7 +144,6 @@ hold_entries(const Claim *claim)
 		Int32GetDatum(claim->last_seq), CStringGetTextDatum(claim->provider)};
 
 	(void) payoutq_execute(&hold, values, NULL, SPI_OK_SELECT);
-	return 0;
 }
 
 /* One statement for all of them. */

@@ -122,6 +122,8 @@ INSERT INTO may VALUES
     ('admin', 'payout_grant(regrole,text)'),
     ('admin', 'payout_revoke(regrole)'),
     ('admin', 'payout_on_confirm(text,regprocedure)'),
+    ('operator', 'payout_on_settlement()'),
+    ('admin', 'payout_fail_transfer(bigint,text)'),
     ('admin', 'payout_arm_sending()');
 SELECT isnt_empty('SELECT FROM in_views', 'some views call functions');
 SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_reader'')',

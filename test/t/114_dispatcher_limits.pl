@@ -9,7 +9,7 @@ use lib "$FindBin::RealBin/../perl";
 use Payoutq;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(time);
+use Time::HiRes qw(time usleep);
 
 my $node = start_node('main', conf => q(
 payoutq.interval = 1s
@@ -126,6 +126,7 @@ sub wait_until
 	while (time() < $end)
 	{
 		return 1 if $condition->();
+		usleep(10_000);
 	}
 	return 0;
 }

@@ -91,7 +91,7 @@ is($node->safe_psql('app', "SELECT payout_balance('ask', 'EUR')"), 101, 'the mon
 my @questions = grep { $_->{method} eq 'GET' } @{ ask($provider, 'GET', '/requests') };
 is(join(' ', map { $_->{url} } @questions), join(' ', ('/status?via=wire&reference=w%261') x 3), 'three questions');
 ok(is_signed($questions[0], 'w&1'), 'which are signed too');
-rule($provider, 'to ask2', body => '{"status": "sent", "reference": "pay_' . (2 + keys %rows) . '"}');
+rule($provider, 'to ask2', body => '{"status": "sent", "reference": "pay_' . (3 + keys %rows) . '"}');
 ok(wait_for_job($node, 'app', pay('wire', 'ask2')), 'one that is confirmed');
 
 # Confirmed by the application, which calls payout_confirm_transfer().
