@@ -14,6 +14,7 @@
 #include "provider.h"
 
 #define CONNECT_TIMEOUT_MS	10000
+#define MAX_RETRY_AFTER_S	3600
 
 static CURLM *multi = NULL;
 static int	calls = 0;
@@ -157,7 +158,13 @@ classify(Call *call)
 
 	call->retry_after = -1;
 	if (call->code == CURLE_OK)
+	{
+		char	   *seconds = payoutq_http_answer_header(call, "Retry-After");
+
+		if (seconds && strspn(seconds, "0123456789") == strlen(seconds))
+			call->retry_after = Min(atoi(seconds), MAX_RETRY_AFTER_S);
 		call->provider->kind->read_answer(call);
+	}
 	else
 	{
 		curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);

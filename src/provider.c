@@ -230,9 +230,14 @@ payoutq_check_provider(const char *provider)
 void
 payoutq_configure_provider(Provider *provider, Datum options)
 {
-	MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
+	MemoryContext caller;
 	Datum	   *words;
 	int			count;
+
+	if (provider->options == NULL)
+		provider->options = AllocSetContextCreate(TopMemoryContext, "payoutq provider", ALLOCSET_SMALL_SIZES);
+	MemoryContextReset(provider->options);
+	caller = MemoryContextSwitchTo(provider->options);
 
 	provider->rate_limit = DEFAULT_RATE_LIMIT;
 	provider->timeout_ms = DEFAULT_TIMEOUT_MS;
@@ -286,6 +291,13 @@ payoutq_hmac_sha256(const char *secret, const char *text, int length)
 	for (int i = 0; i < sizeof(hash); i++)
 		snprintf(hex + 2 * i, 3, "%02x", hash[i]);
 	return hex;
+}
+
+/* At the top of the answer */
+char *
+payoutq_answer_field(const Call *call, const char *name)
+{
+	return payoutq_json_text(call->answer, call->length, &name, 1);
 }
 
 /*

@@ -28,6 +28,7 @@ typedef enum CallOutcome
 typedef struct Provider
 {
 	char	   *name;
+	MemoryContext options;		/* of what follows, made again at each look */
 	const struct ProviderKind *kind;
 	char	   *base_url;
 	char	   *status_url;		/* or NULL */
@@ -102,6 +103,7 @@ extern const ProviderKind payoutq_webhook;
 /* provider.c */
 extern void payoutq_configure_provider(Provider *provider, Datum options);
 extern char *payoutq_hmac_sha256(const char *secret, const char *text, int length);
+extern char *payoutq_answer_field(const Call *call, const char *name);
 extern char *payoutq_json_text(const char *json, int length, const char *const *path, int depth);
 
 /* http.c */

@@ -100,10 +100,6 @@ lower(const char *text)
 static void
 read_answer(Call *call)
 {
-	char	   *retry_after = payoutq_http_answer_header(call, "Retry-After");
-
-	if (retry_after && strspn(retry_after, "0123456789") == strlen(retry_after))
-		call->retry_after = Min(atoi(retry_after), 3600);
 	if (call->http_status == 200 && call->is_lookup)
 		read_list(call);
 	else if (call->http_status == 200)
@@ -112,20 +108,14 @@ read_answer(Call *call)
 		read_error(call);
 }
 
-static char *
-field(Call *call, const char *name)
-{
-	return payoutq_json_text(call->answer, call->length, &name, 1);
-}
-
 /* It is the one that we meant. */
 static void
 read_transfer(Call *call)
 {
-	char	   *id = field(call, "id");
-	char	   *amount = field(call, "amount");
-	char	   *currency = field(call, "currency");
-	char	   *destination = field(call, "destination");
+	char	   *id = payoutq_answer_field(call, "id");
+	char	   *amount = payoutq_answer_field(call, "amount");
+	char	   *currency = payoutq_answer_field(call, "currency");
+	char	   *destination = payoutq_answer_field(call, "destination");
 
 	if (id == NULL || amount == NULL || currency == NULL || destination == NULL ||
 		strtoll(amount, NULL, 10) != call->amount || pg_strcasecmp(currency, call->currency) != 0 ||
@@ -137,7 +127,7 @@ read_transfer(Call *call)
 	}
 	call->reference = id;
 	call->outcome = call->is_confirmation ? CALL_COMPLETED : CALL_SENT;
-	if (call->is_confirmation && strcmp(field(call, "reversed") ? field(call, "reversed") : "", "true") == 0)
+	if (call->is_confirmation && strcmp(payoutq_answer_field(call, "reversed") ? payoutq_answer_field(call, "reversed") : "", "true") == 0)
 	{
 		call->outcome = CALL_REJECTED;
 		call->reason = pstrdup("reversed at the provider");
@@ -147,7 +137,7 @@ read_transfer(Call *call)
 static void
 read_list(Call *call)
 {
-	char	   *has_more = field(call, "has_more");
+	char	   *has_more = payoutq_answer_field(call, "has_more");
 
 	call->outcome = CALL_UNKNOWN;
 	call->reason = pstrdup("the list of transfers is not complete");

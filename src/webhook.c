@@ -91,10 +91,6 @@ sign(Call *call, const char *text)
 static void
 read_answer(Call *call)
 {
-	char	   *retry_after = payoutq_http_answer_header(call, "Retry-After");
-
-	if (retry_after && strspn(retry_after, "0123456789") == strlen(retry_after))
-		call->retry_after = Min(atoi(retry_after), 3600);
 	call->reason = psprintf("HTTP %ld", call->http_status);
 	if (call->http_status == 200)
 		read_status(call);
@@ -108,19 +104,13 @@ read_answer(Call *call)
 		call->outcome = CALL_UNKNOWN;
 }
 
-static char *
-field(Call *call, const char *name)
-{
-	return payoutq_json_text(call->answer, call->length, &name, 1);
-}
-
 static void
 read_status(Call *call)
 {
-	char	   *status = field(call, "status");
-	char	   *reference = field(call, "reference");
-	char	   *class = field(call, "class");
-	char	   *reason = field(call, "reason");
+	char	   *status = payoutq_answer_field(call, "status");
+	char	   *reference = payoutq_answer_field(call, "reference");
+	char	   *class = payoutq_answer_field(call, "class");
+	char	   *reason = payoutq_answer_field(call, "reason");
 
 	call->outcome = CALL_UNKNOWN;
 	if (reason)

@@ -57,7 +57,7 @@ cmp_ok(time() - $start, '<', 5, 'a fast shutdown does not wait for an answer');
 $node->start;
 is(worker_errors($node, $offset), '', 'no complaint of a worker');
 
-# DROP EXTENSION, and both in one transaction: ids begin anew.
+# DROP EXTENSION, and both in one transaction
 foreach my $command ('DROP EXTENSION payoutq CASCADE', 'BEGIN; DROP EXTENSION payoutq CASCADE; CREATE EXTENSION payoutq; COMMIT')
 {
 	$offset = -s $node->logfile;
@@ -72,7 +72,8 @@ foreach my $command ('DROP EXTENSION payoutq CASCADE', 'BEGIN; DROP EXTENSION pa
 		$node->safe_psql('app', 'CREATE EXTENSION payoutq');
 	}
 
-	# The late answer, to a transfer that has the id of another
+	# Ids begin anew, and so do keys, which the old provider knows.
+	$provider = start_provider();
 	create_provider($node, 'app', 'stripe', base_url => $provider->{url}, api_key => 'sk_test_1', rate_limit => 1000, timeout => '30s');
 	rule($provider, 'acct_new' . ($n + 1), hold => 1);
 	my $job = pay('app', 'new');
