@@ -31,6 +31,9 @@
 #define POLL_MS			10
 #define RATE_LIMIT_NAP_MS	20
 
+/* Lookups are rare, and nobody waits for them. */
+#define LOOKUP_MS		200
+
 /* Beyond the time-out of a call, so that only a dead process loses its lease. */
 #define LEASE_MARGIN_MS	60000
 
@@ -261,13 +264,19 @@ claim_calls(TimestampTz now)
 		if (sends > 0)
 			sends = claim_sends(provider, sends);
 		confirmations = Min(allowed - Max(sends, 0), payoutq_confirm_batch - provider->confirming);
-		if (confirmations > 0 && provider->kind->can_confirm(provider))
+
+		/* Many at once: nobody waits for these. */
+		if (confirmations > payoutq_confirm_batch / 4 && provider->kind->can_confirm(provider))
 			confirmations = claim_confirmations(provider, confirmations);
 		else
 			confirmations = 0;
-		if (allowed - Max(sends, 0) - confirmations > 0 && provider->kind->lookup)
+		if (allowed - Max(sends, 0) - confirmations > 0 && provider->kind->lookup &&
+			TimestampDifferenceExceeds(provider->looked_up_at, now, LOOKUP_MS))
+		{
+			provider->looked_up_at = now;
 			confirmations += claim_lookups(provider, Min(allowed - Max(sends, 0) - confirmations,
 														 Max(payoutq_confirm_batch - provider->confirming - confirmations, 1)));
+		}
 		provider->tokens -= Max(sends, 0) + confirmations;
 		calls += Max(sends, 0) + confirmations;
 	}
@@ -439,7 +448,16 @@ collect(void)
 	Call	   *call;
 
 	while ((call = payoutq_http_done()) != NULL)
+	{
+		if (call->is_lookup && call->cursor)
+		{
+			MemoryContextSwitchTo(call->context);
+			payoutq_http_again(call);
+			MemoryContextSwitchTo(TopMemoryContext);
+			continue;
+		}
 		answered = lappend(answered, call);
+	}
 	MemoryContextSwitchTo(caller);
 }
 

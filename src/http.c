@@ -23,6 +23,7 @@ static void begin(void);
 static void block_signals(sigset_t *before);
 static size_t write_answer(char *data, size_t size, size_t count, void *arg);
 static void classify(Call *call);
+static void end_handle(Call *call);
 
 static void
 begin(void)
@@ -121,6 +122,17 @@ payoutq_http_wait(int milliseconds)
 	sigprocmask(SIG_SETMASK, &before, NULL);
 }
 
+/* The same call is made anew, with another request. */
+void
+payoutq_http_again(Call *call)
+{
+	end_handle(call);
+	call->length = 0;
+	call->too_long = false;
+	call->provider->kind->lookup(call);
+	payoutq_http_start(call);
+}
+
 /* A call that has ended, with what it means; NULL: there is none now. */
 Call *
 payoutq_http_done(void)
@@ -184,6 +196,13 @@ payoutq_http_calls(void)
 void
 payoutq_http_free(Call *call)
 {
+	end_handle(call);
+	MemoryContextDelete(call->context);
+}
+
+static void
+end_handle(Call *call)
+{
 	sigset_t	before;
 
 	block_signals(&before);
@@ -194,7 +213,8 @@ payoutq_http_free(Call *call)
 	}
 	curl_slist_free_all(call->headers);
 	sigprocmask(SIG_SETMASK, &before, NULL);
-	MemoryContextDelete(call->context);
+	call->handle = NULL;
+	call->headers = NULL;
 }
 
 void

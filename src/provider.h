@@ -41,6 +41,7 @@ typedef struct Provider
 
 	double		tokens;			/* of the bucket that rate_limit fills */
 	TimestampTz filled_at;
+	TimestampTz looked_up_at;
 	int			sending;		/* calls under way */
 	int			confirming;
 	bool		gone;
@@ -67,6 +68,7 @@ typedef struct Call
 	int64		job_id;
 	int			entry;
 	char	   *reference;		/* the provider's */
+	char	   *cursor;			/* of a lookup: the page after this one; NULL: the first, or no more */
 
 	/* the request */
 	char	   *url;
@@ -109,6 +111,7 @@ extern char *payoutq_json_text(const char *json, int length, const char *const *
 /* http.c */
 extern void payoutq_http_start(Call *call);
 extern void payoutq_http_wait(int milliseconds);
+extern void payoutq_http_again(Call *call);
 extern Call *payoutq_http_done(void);
 extern int	payoutq_http_calls(void);
 extern void payoutq_http_free(Call *call);

@@ -14,6 +14,9 @@
 
 #define AUTHORIZATION	"Authorization: Bearer %s"
 
+/* Transfers on a page of a lookup; they must fit into MAX_ANSWER. */
+#define PAGE			20
+
 static void build_send(Call *call);
 static bool can_confirm(const Provider *provider);
 static void build_confirm(Call *call);
@@ -69,14 +72,16 @@ build_confirm(Call *call)
 }
 
 /*
- * Keys cannot be asked for; all transfers of the job to this destination can.
- * There is one for each generation.
+ * Keys cannot be asked for; all transfers of the job to this destination can,
+ * newest first: one for each user who has it, and each generation.
  */
 static void
 build_lookup(Call *call)
 {
-	call->url = psprintf("%s/v1/transfers?destination=%s&transfer_group=payoutq%%3A" INT64_FORMAT "&limit=20",
-						 call->provider->base_url, payoutq_http_escape(call->destination), call->job_id);
+	call->url = psprintf("%s/v1/transfers?destination=%s&transfer_group=payoutq%%3A" INT64_FORMAT "&limit=%d%s%s",
+						 call->provider->base_url, payoutq_http_escape(call->destination), call->job_id, PAGE,
+						 call->cursor ? "&starting_after=" : "",
+						 call->cursor ? payoutq_http_escape(call->cursor) : "");
 	add_headers(call);
 }
 
@@ -138,6 +143,7 @@ static void
 read_list(Call *call)
 {
 	char	   *has_more = payoutq_answer_field(call, "has_more");
+	char	   *last = NULL;
 
 	call->outcome = CALL_UNKNOWN;
 	call->reason = pstrdup("the list of transfers is not complete");
@@ -151,6 +157,7 @@ read_list(Call *call)
 
 		if (id == NULL)
 			break;
+		last = id;
 		if (key && strcmp(key, call->idempotency_key) == 0)
 		{
 			call->reference = id;
@@ -158,8 +165,11 @@ read_list(Call *call)
 			return;
 		}
 	}
+	call->cursor = NULL;
 	if (has_more && strcmp(has_more, "false") == 0)
 		call->outcome = CALL_ABSENT;
+	else if (has_more && last)
+		call->cursor = last;
 }
 
 static void

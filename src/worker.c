@@ -152,6 +152,7 @@ static void
 detach(int code, Datum arg)
 {
 	DatabaseSlot *database;
+	bool		was_dispatcher;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	database = payoutq_database_slot(payoutq_my_slot->database, false);
@@ -169,8 +170,13 @@ detach(int code, Datum arg)
 		avoided->until = TimestampTzPlusMilliseconds(database->start_after,
 													 2 * seconds * INT64CONST(1000));
 	}
+	was_dispatcher = payoutq_my_slot->dispatcher;
 	memset(payoutq_my_slot, 0, sizeof(WorkerSlot));
 	payoutq_my_slot = NULL;
+
+	/* As long as we were there, the resident did not ask for another. */
+	if (was_dispatcher && database)
+		payoutq_set_latches(database->database);
 	payoutq_wake_launcher();
 	LWLockRelease(payoutq_shared->lock);
 }

@@ -38,13 +38,13 @@ my $provider = start_provider(seed => $seed, faults => 0.2, latency => 2);
 create_provider($node, 'app', 'stripe', base_url => $provider->{url}, api_key => 'sk_test_1',
 	rate_limit => 5000, timeout => '1s', quiet_period => '2s');
 
-# A tenth share accounts, fifty to one; some accounts are closed, and some people have none.
+# A tenth share accounts, ten to one; some accounts are closed, and some people have none.
 my $no_account = 'i % 200 = 0';
 my $closed = 'i % 100 = 1';
 $node->safe_psql('app', qq{
 	SELECT count(payout_set_destination('u' || i, 'stripe',
 	       CASE WHEN $closed THEN 'acct_closed_' || i
-	            WHEN i % 10 = 2 THEN 'acct_shared_' || i % (greatest($transfers / 500, 1) * 10)
+	            WHEN i % 10 = 2 THEN 'acct_shared_' || i % (greatest($transfers / 100, 1) * 10)
 	            ELSE 'acct_' || i END))
 	FROM generate_series(1, $transfers) i WHERE NOT $no_account});
 my ($failing, $payable) = split /\|/, $node->safe_psql('app', qq{

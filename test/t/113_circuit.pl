@@ -11,7 +11,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $node = start_node('main', conf => q(
-payoutq.interval = 1s
+payoutq.interval = 1d
 payoutq.retry_base = 20ms
 payoutq.retry_cap = 100ms
 payoutq.max_attempts = 3
@@ -58,18 +58,23 @@ ok(wait_for($node, 'app', q{SELECT reason FROM payout_providers WHERE provider =
 $node->safe_psql('app', $close);
 ok(wait_for_job($node, 'app', $forbidden), 'and goes on');
 
-# Nobody listens: tried again, and sent when somebody does.
+# Nobody listens: that is nobody's fault either.
 my $port = start_provider();
 stop_provider($port);
 create_provider($node, 'app', 'down', base_url => $port->{url}, api_key => $secret, rate_limit => 1000);
-$node->append_conf('postgresql.conf', 'payoutq.max_attempts = 100');
-$node->reload;
-my $down = pay('down', 'down', 1);
-ok(wait_for($node, 'app', "SELECT status, error, attempts > 4 FROM payout_transfers WHERE job_id = $down",
-		"retryable|Couldn't connect to server|t"), 'nobody listens');
+my $down = pay('down', 'down', 2);
+foreach my $n (1 .. 5)
+{
+	ok(wait_for($node, 'app', q{SELECT open_until > clock_timestamp(), reason FROM payout_providers WHERE provider = 'down'}, "t|Couldn't connect to server"),
+		"try $n: nobody listens");
+	$node->safe_psql('app', $close);
+}
+ok(wait_for($node, 'app', "SELECT string_agg(status, ' '), max(attempts) > 3 FROM payout_transfers WHERE job_id = $down", 'retryable retryable|t'),
+	'no transfer has failed');
 my $up = start_provider(port => $port->{port});
-ok(wait_for_job($node, 'app', $down), 'sent when somebody does');
-is(scalar(@{ ask($up, 'GET', '/books') }), 1, 'once');
+$node->safe_psql('app', $close);
+ok(wait_for_job($node, 'app', $down), 'sent when somebody listens');
+is(scalar(@{ ask($up, 'GET', '/books') }), 2, 'each once');
 
 # Without a user mapping
 create_provider($node, 'app', 'keyless', base_url => $provider->{url}, rate_limit => 1000);

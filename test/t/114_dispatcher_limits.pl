@@ -12,7 +12,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 my $node = start_node('main', conf => q(
-payoutq.interval = 1s
+payoutq.interval = 1d
 payoutq.retry_base = 20ms
 payoutq.retry_cap = 100ms
 payoutq.send_interval = 100ms

@@ -14,7 +14,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $node = start_node('main', conf => q(
-payoutq.interval = 1s
+payoutq.interval = 1d
 payoutq.retry_base = 20ms
 payoutq.retry_cap = 200ms
 payoutq.max_attempts = 3

@@ -12,7 +12,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $primary = start_node('primary', streaming => 1, conf => q(
-payoutq.interval = 1s
+payoutq.interval = 1d
 payoutq.retry_base = 20ms
 payoutq.retry_cap = 100ms
 payoutq.send_interval = 100ms

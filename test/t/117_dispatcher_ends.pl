@@ -13,7 +13,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 my $node = start_node('main', conf => q(
-payoutq.interval = 1s
+payoutq.interval = 1d
 payoutq.retry_base = 20ms
 payoutq.retry_cap = 100ms
 payoutq.send_interval = 100ms
@@ -56,6 +56,15 @@ $node->stop('fast');
 cmp_ok(time() - $start, '<', 5, 'a fast shutdown does not wait for an answer');
 $node->start;
 is(worker_errors($node, $offset), '', 'no complaint of a worker');
+
+# Nor does it outlive the postmaster.
+under_way('app');
+$pid = dispatcher_pid($node, 'app');
+$node->kill9;
+my $end = time() + 10;
+usleep(10_000) while kill(0, $pid) && time() < $end;
+ok(!kill(0, $pid), 'it ends with the postmaster') or kill('KILL', $pid);
+$node->start;
 
 # DROP EXTENSION, and both in one transaction
 foreach my $command ('DROP EXTENSION payoutq CASCADE', 'BEGIN; DROP EXTENSION payoutq CASCADE; CREATE EXTENSION payoutq; COMMIT')
