@@ -169,6 +169,7 @@ classify(Call *call)
 	MemoryContext caller = MemoryContextSwitchTo(call->context);
 
 	call->retry_after = -1;
+	call->cursor = NULL;
 	if (call->code == CURLE_OK)
 	{
 		char	   *seconds = payoutq_http_answer_header(call, "Retry-After");

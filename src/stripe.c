@@ -165,7 +165,6 @@ read_list(Call *call)
 			return;
 		}
 	}
-	call->cursor = NULL;
 	if (has_more && strcmp(has_more, "false") == 0)
 		call->outcome = CALL_ABSENT;
 	else if (has_more && last)
