@@ -68,6 +68,11 @@ BEGIN
         WHEN 'unreachable' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
                     payoutq.open_circuit(target.provider, reason, interval '1 s');
+        WHEN 'unfunded' THEN
+            -- A definite rejection, which the old key would repeat
+            PERFORM payoutq.end_attempt(target, 'transient', NULL, reason),
+                    payoutq.next_generation(target, target.destination),
+                    payoutq.open_circuit(target.provider, reason, interval '1 minute');
         WHEN 'throttled' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, coalesce(wait, interval '1 s'), false);
         ELSE

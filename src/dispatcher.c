@@ -54,6 +54,7 @@ static void load_providers(void);
 static Provider *find_provider(const char *name);
 static bool sending_is_armed(void);
 static int	claim_calls(TimestampTz now);
+static int	claim_questions(Provider *provider, int count, TimestampTz now);
 static int	claim_sends(Provider *provider, int count);
 static int	claim_confirmations(Provider *provider, int count);
 static int	claim_lookups(Provider *provider, int count);
@@ -61,7 +62,8 @@ static int	allowed_calls(Provider *provider, TimestampTz now);
 static Call *new_call(Provider *provider, bool is_confirmation, int row);
 static void start_calls(void);
 static void collect(void);
-static void try_to_record(Call *call);
+static void record_safely(Call *call);
+static char *try_to_record(Call *call);
 static void record(Call *call);
 static void end_call(Call *call);
 
@@ -151,7 +153,7 @@ turn(TimestampTz now, TimestampTz *due)
 	pgstat_report_activity(STATE_RUNNING, "payoutq: dispatching");
 
 	foreach(cell, answered)
-		try_to_record(lfirst(cell));
+		record_safely(lfirst(cell));
 	if (provider_count == 0 || TimestampDifferenceExceeds(providers_loaded_at, now, payoutq_send_interval))
 	{
 		load_providers();
@@ -247,8 +249,6 @@ claim_calls(TimestampTz now)
 	{
 		Provider   *provider = providers[i];
 		int			allowed = allowed_calls(provider, now);
-		int			sends;
-		int			confirmations;
 
 		if (!provider->gone && !provider->problem && allowed == 0)
 			rate_limited = true;
@@ -259,26 +259,39 @@ claim_calls(TimestampTz now)
 			payoutq_worker_error(provider->problem);
 			continue;
 		}
-		sends = now < provider->open_until ? 0 :
-			Min(allowed, payoutq_send_concurrency - provider->sending);
-		if (sends > 0)
-			sends = claim_sends(provider, sends);
-		confirmations = Min(allowed - Max(sends, 0), payoutq_confirm_batch - provider->confirming);
-
-		/* Many at once: nobody waits for these. */
-		if (confirmations > payoutq_confirm_batch / 4 && provider->kind->can_confirm(provider))
-			confirmations = claim_confirmations(provider, confirmations);
-		else
-			confirmations = 0;
-		if (allowed - Max(sends, 0) - confirmations > 0 && provider->kind->lookup &&
-			TimestampDifferenceExceeds(provider->looked_up_at, now, LOOKUP_MS))
+		/* In turns, so that neither waits for the other at the rate limit. */
+		provider->confirm_first = !provider->confirm_first;
+		for (int turn = 0; turn < 2 && allowed > 0; turn++)
 		{
-			provider->looked_up_at = now;
-			confirmations += claim_lookups(provider, Min(allowed - Max(sends, 0) - confirmations,
-														 Max(payoutq_confirm_batch - provider->confirming - confirmations, 1)));
+			bool		confirm = (turn == 0) == provider->confirm_first;
+			int			claimed_now = confirm ?
+				claim_questions(provider, Min(allowed, payoutq_confirm_batch - provider->confirming), now) :
+				now < provider->open_until ? 0 :
+				claim_sends(provider, Min(allowed, payoutq_send_concurrency - provider->sending));
+
+			allowed -= claimed_now;
+			provider->tokens -= claimed_now;
+			calls += claimed_now;
 		}
-		provider->tokens -= Max(sends, 0) + confirmations;
-		calls += Max(sends, 0) + confirmations;
+	}
+	return calls;
+}
+
+/* About what was sent, and about what nobody knows of. */
+static int
+claim_questions(Provider *provider, int count, TimestampTz now)
+{
+	int			calls = 0;
+
+	if (count <= 0)
+		return 0;
+	if (provider->kind->can_confirm(provider))
+		calls = claim_confirmations(provider, count);
+	if (calls < count && provider->kind->lookup &&
+		TimestampDifferenceExceeds(provider->looked_up_at, now, LOOKUP_MS))
+	{
+		provider->looked_up_at = now;
+		calls += claim_lookups(provider, count - calls);
 	}
 	return calls;
 }
@@ -309,6 +322,8 @@ claim_sends(Provider *provider, int count)
 	Datum		values[5];
 	int			rows;
 
+	if (count <= 0)
+		return 0;
 	for (int i = 0; i < busy_count; i++)
 		destinations[i] = CStringGetTextDatum(busy[i]);
 	values[0] = CStringGetTextDatum(provider->name);
@@ -463,13 +478,31 @@ collect(void)
 
 /*
  * An answer that cannot be recorded must not stand in the way of the others.
- * Its transfer is claimed again when the lease has lapsed.
+ * What it was is not known then.
  */
 static void
+record_safely(Call *call)
+{
+	char	   *problem = try_to_record(call);
+
+	if (problem == NULL)
+		return;
+	ereport(WARNING,
+			(errmsg("could not record the answer to transfer " INT64_FORMAT ": %s",
+					call->transfer_id, problem)));
+	call->outcome = CALL_UNKNOWN;
+	call->reference = NULL;
+	call->reason = psprintf("the answer could not be recorded: %s", problem);
+	(void) try_to_record(call);
+}
+
+/* Returns what is wrong with it, or NULL. */
+static char *
 try_to_record(Call *call)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
+	char	   *volatile problem = NULL;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(context);
@@ -486,19 +519,16 @@ try_to_record(Call *call)
 
 		if (payoutq_is_interrupt(error))
 			ReThrowError(error);
-		ereport(WARNING,
-				(errcode(error->sqlerrcode),
-				 errmsg("could not record the answer to transfer " INT64_FORMAT ": %s",
-						call->transfer_id, error->message)));
-		payoutq_worker_error(error->message);
+		problem = error->message;
 	}
 	PG_END_TRY();
+	return problem;
 }
 
 static void
 record(Call *call)
 {
-	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "unreachable", "rejected", "absent"};
+	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "unreachable", "unfunded", "rejected", "absent"};
 	static EngineStatement answer = {
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",
 		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}
@@ -542,7 +572,7 @@ record(Call *call)
 		nulls[6] = call->retry_after >= 0 ? ' ' : 'n';
 		(void) payoutq_execute(&answer, values, nulls, SPI_OK_SELECT);
 	}
-	if (call->outcome == CALL_REFUSED || call->outcome == CALL_UNREACHABLE)
+	if (call->outcome == CALL_REFUSED || call->outcome == CALL_UNREACHABLE || call->outcome == CALL_UNFUNDED)
 		providers_loaded_at = 0;	/* its circuit is open now */
 	if (call->outcome != CALL_COMPLETED && call->outcome != CALL_SENT && call->reason)
 		payoutq_worker_error(call->reason);

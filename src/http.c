@@ -9,6 +9,7 @@
 #include "postgres.h"
 
 #include "libpq/pqsignal.h"
+#include "mb/pg_wchar.h"
 #include "utils/memutils.h"
 
 #include "provider.h"
@@ -176,7 +177,13 @@ classify(Call *call)
 
 		if (seconds && strspn(seconds, "0123456789") == strlen(seconds))
 			call->retry_after = Min(atoi(seconds), MAX_RETRY_AFTER_S);
-		call->provider->kind->read_answer(call);
+		if (pg_verifymbstr(call->answer, call->length, true))
+			call->provider->kind->read_answer(call);
+		else
+		{
+			call->outcome = CALL_UNKNOWN;
+			call->reason = pstrdup("the answer is not text in the encoding of the database");
+		}
 	}
 	else
 	{

@@ -21,6 +21,7 @@ typedef enum CallOutcome
 	CALL_THROTTLED,				/* not looked at: too many calls */
 	CALL_REFUSED,				/* not looked at: nobody's would be */
 	CALL_UNREACHABLE,			/* there was no connection to send it over */
+	CALL_UNFUNDED,				/* not done for want of money; that is stored under the key */
 	CALL_REJECTED,				/* of a confirmation: it will not happen */
 	CALL_ABSENT					/* of a lookup: there is no such transfer */
 } CallOutcome;
@@ -42,6 +43,7 @@ typedef struct Provider
 	double		tokens;			/* of the bucket that rate_limit fills */
 	TimestampTz filled_at;
 	TimestampTz looked_up_at;
+	bool		confirm_first;
 	int			sending;		/* calls under way */
 	int			confirming;
 	bool		gone;

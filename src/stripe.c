@@ -171,6 +171,20 @@ read_list(Call *call)
 		call->cursor = last;
 }
 
+/* Only what Stripe itself says is final, not what a proxy does. */
+static CallOutcome
+read_rejection(const char *type, const char *code)
+{
+	/* What was done under the key was asked for with another body. */
+	if (type == NULL || strcmp(type, "idempotency_error") == 0)
+		return CALL_UNKNOWN;
+	if (code && strcmp(code, "balance_insufficient") == 0)
+		return CALL_UNFUNDED;
+	if (code && (strcmp(code, "livemode_mismatch") == 0 || strcmp(code, "api_key_expired") == 0))
+		return CALL_REFUSED;
+	return CALL_PERMANENT;
+}
+
 static void
 read_error(Call *call)
 {
@@ -185,15 +199,12 @@ read_error(Call *call)
 	{
 		case 400:
 		case 402:
-			/* What was done under the key was asked for with another body. */
-			call->outcome = type && strcmp(type, "idempotency_error") == 0 ? CALL_UNKNOWN : CALL_PERMANENT;
+		case 404:
+			call->outcome = read_rejection(type, code);
 			break;
 		case 401:
 		case 403:
 			call->outcome = CALL_REFUSED;
-			break;
-		case 404:
-			call->outcome = CALL_PERMANENT;
 			break;
 		case 429:
 			call->outcome = payoutq_http_answer_header(call, "Stripe-Rate-Limited-Reason") ?

@@ -50,6 +50,7 @@ static const Transition transitions[] = {
 	{"unknown", "completed"},
 	{"unknown", "failed_terminal"},
 	{"unknown", "pending"},	/* not found at the provider: a new generation */
+	{"processing", "pending"},	/* for want of money; a new generation */
 	{"processing", "sent"},
 	{"processing", "completed"},
 	{"processing", "retryable"},

@@ -32,8 +32,6 @@ my $pid = dispatcher_pid($node, 'app');
 $node->safe_psql('app', "SELECT pg_terminate_backend($pid)");
 ok(wait_for_job($node, 'app', pay('app', 'second')), 'one that was terminated is replaced');
 isnt(dispatcher_pid($node, 'app'), $pid, 'by another');
-$node->safe_psql('app', 'SELECT pg_cancel_backend(' . dispatcher_pid($node, 'app') . ')');
-ok(wait_for_job($node, 'app', pay('app', 'third')), 'a cancel does it no harm');
 my $offset = -s $node->logfile;
 
 # payout_stop_workers(), while a call is under way
