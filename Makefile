@@ -5,6 +5,7 @@
 #   make test                 packages, strict build, install, all tests
 #   make demo                 pay 43,575 people on a throwaway server
 #   make bench                measure
+#   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 
 EXTENSION = payoutq
@@ -107,10 +108,12 @@ endif
 
 export PG_CONFIG
 
-.PHONY: test demo bench
+.PHONY: test demo bench chaos
 test:
 	@test/run
 demo:
 	@examples/demo
 bench:
 	@bench/run
+chaos:
+	@test/chaos

@@ -92,7 +92,8 @@ BEGIN
           FROM (SELECT t.* FROM payoutq.transfer t
                  WHERE t.job_id = target.id AND t.status IN ('failed_terminal', 'confirmation_failed') ORDER BY t.entry_seq) t
           JOIN payoutq.destination d ON d.user_id = t.user_id AND d.provider = t.provider
-         WHERE payoutq.user_balance(t.user_id, t.currency) >= t.amount;
+         WHERE payoutq.user_balance(t.user_id, t.currency) >= t.amount
+           AND NOT EXISTS (SELECT FROM payoutq.movement m WHERE m.job_id = t.job_id AND m.kind = 'reversal' AND m.entry_seq = t.entry_seq);
     END IF;
 
     -- What was not tried before the job failed goes first now: it is due longer.

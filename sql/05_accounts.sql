@@ -30,6 +30,10 @@ BEGIN
     IF amount <= 0 THEN
         RAISE EXCEPTION 'amount % is not positive', amount USING ERRCODE = 'check_violation';
     END IF;
+    IF reference LIKE 'ledger:%' THEN
+        RAISE EXCEPTION 'reference "%" begins with "ledger:"', reference
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'Such references are kept for transfers.';
+    END IF;
 
     -- The account first, so that the movement is posted after what it follows.
     PERFORM FROM payoutq.account a WHERE a.user_id = user_id AND a.currency = currency FOR UPDATE;

@@ -44,6 +44,7 @@ CREATE TABLE payoutq.transfer (
     provider_reference text,
     confirmed_at       timestamptz,         -- by the provider; the callback may be still to come
     callback_failures  integer NOT NULL DEFAULT 0,
+    settlements        integer NOT NULL DEFAULT 0,  -- how often its money came to an end
     error              text,
     created_at         timestamptz NOT NULL DEFAULT now(),
     updated_at         timestamptz NOT NULL DEFAULT now(),
@@ -110,12 +111,28 @@ CREATE TRIGGER no_delete BEFORE DELETE OR TRUNCATE ON payoutq.transfer
 CREATE TRIGGER no_delete BEFORE DELETE OR TRUNCATE ON payoutq.attempt
     FOR EACH STATEMENT EXECUTE FUNCTION payoutq.refuse_change();
 
+-- Goes with the keys into each request, so that what another installation has
+-- done with the same account of a provider is not taken for ours. A restored
+-- copy has that of the original: its keys are the original's, too.
+CREATE TABLE payoutq.key_origin (
+    origin  uuid NOT NULL DEFAULT gen_random_uuid(),
+    made_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE payoutq.key_origin IS 'one row, made at random with the extension, or restored';
+SELECT pg_catalog.pg_extension_config_dump('payoutq.key_origin', '');
+CREATE FUNCTION payoutq.key_origin() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    -- A restore adds the original's row, which was made before.
+    SELECT o.origin::text FROM payoutq.key_origin o ORDER BY o.made_at LIMIT 1
+$$;
+
 -- Here and now: this installation, on this timeline of the server.
 CREATE FUNCTION payoutq.timeline() RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN pg_is_in_recovery() THEN 'recovery' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END
 $$;
 INSERT INTO payoutq.sending VALUES (payoutq.origin(), payoutq.timeline());
+INSERT INTO payoutq.key_origin DEFAULT VALUES;
 
 CREATE FUNCTION payoutq.sending_is_armed() RETURNS boolean
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -266,7 +283,9 @@ BEGIN
     END IF;
     INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, transfer_id, reference)
     VALUES (CASE status WHEN 'completed' THEN 'transfer' ELSE 'release' END, transit, target, t.currency, t.amount, t.job_id,
-            t.entry_seq, t.id, format('ledger:payout:%s:%s', t.id, t.attempts));
+            t.entry_seq, t.id, format('ledger:payout:%s:%s%s', t.id, t.attempts,
+                                      CASE WHEN t.attempts < t.first_attempt THEN '.' || t.settlements END));
+    UPDATE payoutq.transfer SET settlements = settlements + 1 WHERE id = t.id;
     PERFORM payoutq.count_transfers(t.job_id, CASE status WHEN 'completed' THEN 1 ELSE 0 END,
                                     CASE status WHEN 'completed' THEN 0 ELSE 1 END,
                                     CASE status WHEN 'completed' THEN t.amount ELSE 0 END);
@@ -309,6 +328,7 @@ BEGIN
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
+           AND (t.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
            AND NOT (t.status IN ('unknown', 'processing')
                     AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND t.attempts - t.first_attempt + 1 >= 3))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
@@ -435,7 +455,7 @@ BEGIN
         PERFORM payoutq.settle_transfer(t, 'completed');
         BEGIN
             PERFORM payoutq.call_confirm_callback(t.id, t.provider);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
             RAISE EXCEPTION USING ERRCODE = 'PQ001', MESSAGE = SQLERRM;
         END;
         RETURN 'completed';
@@ -475,8 +495,9 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     in_generation integer := t.attempts - t.first_attempt + 1;
 
-    -- Money that may have left is not given back because of a later failure.
-    outcome text := CASE WHEN error_class = 'permanent' THEN 'failed_terminal'
+    -- Money that may have left is not given back because of a later failure: it
+    -- is looked up, reconciled, or failed by hand.
+    outcome text := CASE WHEN error_class = 'permanent' AND NOT t.maybe_sent THEN 'failed_terminal'
                          WHEN error_class = 'unknown' OR t.maybe_sent THEN 'unknown'
                          WHEN counts AND in_generation >= payoutq.setting('payoutq.max_attempts')::integer THEN 'failed_terminal'
                          ELSE 'retryable' END;
@@ -488,6 +509,7 @@ BEGIN
     PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
     UPDATE payoutq.transfer
        SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
+           first_sent_at = CASE WHEN outcome <> 'retryable' THEN first_sent_at END,
            first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
            run_after = next_try
      WHERE id = t.id;
@@ -599,6 +621,10 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   DETAIL = CASE WHEN job.status = 'cancelled' THEN format('Job %s was cancelled.', job.id)
                                 ELSE format('It is %s.', target.status) END;
+    END IF;
+    IF EXISTS (SELECT FROM payoutq.movement m WHERE m.job_id = target.job_id AND m.kind = 'reversal' AND m.entry_seq = target.entry_seq) THEN
+        RAISE EXCEPTION 'transfer % cannot be retried', target.id
+            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = 'Its entry was reversed.';
     END IF;
     SELECT d.destination INTO destination FROM payoutq.destination d
      WHERE d.user_id = target.user_id AND d.provider = target.provider;

@@ -180,7 +180,8 @@ BEGIN
     IF outcome = 'sent' THEN
         PERFORM payoutq.mark_sent(target, reference);
     ELSIF outcome = 'absent' AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
-        IF target.generation >= payoutq.setting('payoutq.max_attempts')::integer THEN
+        IF target.generation >= payoutq.setting('payoutq.max_attempts')::integer
+           OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
             UPDATE payoutq.transfer t SET status = 'failed_terminal', updated_at = clock_timestamp() WHERE t.id = target.id;
             PERFORM payoutq.settle_transfer(target, 'failed_terminal');
         ELSE
@@ -230,7 +231,10 @@ BEGIN
         -- It came before the answer, or instead of it.
         SELECT t.* INTO target FROM payoutq.transfer t
          WHERE t.id = (object #>> '{metadata,payoutq_transfer}')::bigint AND t.provider = provider
-           AND payoutq.idempotency_key(t.id, t.generation) = object #>> '{metadata,payoutq_key}' FOR UPDATE;
+           AND payoutq.idempotency_key(t.id, t.generation) = object #>> '{metadata,payoutq_key}'
+           AND object #>> '{metadata,payoutq_origin}' = payoutq.key_origin()
+           AND t.amount::text = object ->> 'amount' AND lower(t.currency) = object ->> 'currency'
+           AND t.destination = object ->> 'destination' FOR UPDATE;
     END IF;
     IF target.id IS NULL THEN
         RETURN 'ignored';
@@ -272,7 +276,10 @@ BEGIN
     IF kind = 'stripe' THEN
         RETURN payoutq.handle_stripe_event(provider, event);
     END IF;
-    RETURN @extschema@.payout_confirm_transfer(provider, event ->> 'reference', (event ->> 'status') = 'completed', event ->> 'reason');
+    IF event ->> 'status' NOT IN ('completed', 'failed') THEN
+        RETURN 'ignored';
+    END IF;
+    RETURN @extschema@.payout_confirm_transfer(provider, event ->> 'reference', event ->> 'status' = 'completed', event ->> 'reason');
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_handle_webhook(text, jsonb, bytea, timestamptz) IS
 'handles what a provider has posted to the application: headers as an object, the body as it came; verifies its signature, and each event once; returns accepted, ignored, duplicate, or for kind webhook ({"id", "reference", "status": "completed" | "failed", "reason"}) the status of the transfer; errors: 42501 (signature), 22P02, 22023, 42704';
@@ -294,7 +301,9 @@ BEGIN
            FROM jsonb_array_elements(listing) l
            JOIN payoutq.transfer t ON t.id = substring(l ->> 'key' FROM '^payout:([0-9]{1,18})(:g[0-9]+)?$')::bigint
           WHERE t.provider = provider AND t.status = 'unknown' AND t.provider_reference IS NULL
-            AND payoutq.idempotency_key(t.id, t.generation) = l ->> 'key' AND t.amount = (l ->> 'amount')::bigint;
+            AND payoutq.idempotency_key(t.id, t.generation) = l ->> 'key' AND t.amount = (l ->> 'amount')::bigint
+            AND lower(t.currency) = lower(l ->> 'currency') AND t.destination = l ->> 'destination'
+            AND NOT coalesce((l ->> 'reversed')::boolean, false);
         PERFORM payoutq.wake();
     END IF;
 

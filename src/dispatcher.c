@@ -48,6 +48,7 @@ static int	busy_count = 0;
 
 static MemoryContext call_context = NULL;
 static bool rate_limited = false;
+static char key_origin[40];
 
 static bool turn(TimestampTz now, TimestampTz *due);
 static void load_providers(void);
@@ -231,11 +232,12 @@ static bool
 sending_is_armed(void)
 {
 	static EngineStatement armed = {
-		"SELECT payoutq.sending_is_armed()", 0, {0}
+		"SELECT payoutq.sending_is_armed(), payoutq.key_origin()", 0, {0}
 	};
 	bool		isnull;
 
 	(void) payoutq_execute(&armed, NULL, NULL, SPI_OK_SELECT);
+	strlcpy(key_origin, payoutq_result_cstring(0, 2), sizeof(key_origin));
 	return DatumGetBool(payoutq_result(0, 1, &isnull));
 }
 
@@ -283,6 +285,7 @@ claim_questions(Provider *provider, int count, TimestampTz now)
 {
 	int			calls = 0;
 
+	count = Min(count, PAYOUTQ_MAX_CALLS - payoutq_http_calls() - list_length(claimed));
 	if (count <= 0)
 		return 0;
 	if (provider->kind->can_confirm(provider))
@@ -312,6 +315,8 @@ allowed_calls(Provider *provider, TimestampTz now)
 static int
 claim_sends(Provider *provider, int count)
 {
+	int			room = PAYOUTQ_MAX_CALLS - busy_count - list_length(claimed);
+
 	static EngineStatement claim = {
 		"SELECT transfer_id, attempt_token::text, attempt, idempotency_key, user_id, destination, amount, currency,"
 		"       job_id, entry"
@@ -322,6 +327,7 @@ claim_sends(Provider *provider, int count)
 	Datum		values[5];
 	int			rows;
 
+	count = Min(count, room);
 	if (count <= 0)
 		return 0;
 	for (int i = 0; i < busy_count; i++)
@@ -418,6 +424,7 @@ new_call(Provider *provider, bool is_confirmation, int row)
 	call->context = context;
 	call->provider = provider;
 	call->is_confirmation = is_confirmation;
+	call->origin = key_origin;
 	call->transfer_id = payoutq_result_int64(row, 1);
 	caller = MemoryContextSwitchTo(TopMemoryContext);
 	claimed = lappend(claimed, call);

@@ -169,7 +169,8 @@ check_url(const char *name, const char *value)
 	char	   *host = NULL;
 	bool		ok = url != NULL && curl_url_set(url, CURLUPART_URL, value, 0) == CURLUE_OK &&
 		curl_url_get(url, CURLUPART_SCHEME, &scheme, 0) == CURLUE_OK &&
-		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK;
+		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK &&
+		strpbrk(value, "@#") == NULL && value[strlen(value) - 1] != '/';
 	bool		secure = ok && strcmp(scheme, "https") == 0;
 	bool		local = ok && strcmp(scheme, "http") == 0 && is_loopback(host);
 
@@ -179,7 +180,8 @@ check_url(const char *name, const char *value)
 	if (!ok)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("option \"%s\" is not a URL", name)));
+				 errmsg("option \"%s\" is not a URL", name),
+				 errdetail("It must have a host, no user, and not end with a slash.")));
 	if (!secure && !local)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

@@ -63,6 +63,7 @@ typedef struct Call
 	char	   *token;
 	int			attempt;
 	char	   *idempotency_key;
+	const char *origin;			/* payoutq.key_origin() */
 	char	   *user_id;
 	char	   *destination;
 	int64		amount;

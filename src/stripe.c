@@ -48,8 +48,8 @@ build_send(Call *call)
 					 payoutq_http_escape(call->destination));
 	appendStringInfo(&body, "&transfer_group=payoutq%%3A" INT64_FORMAT, call->job_id);
 	appendStringInfo(&body, "&metadata%%5Bpayoutq_transfer%%5D=" INT64_FORMAT
-					 "&metadata%%5Bpayoutq_key%%5D=%s",
-					 call->transfer_id, payoutq_http_escape(call->idempotency_key));
+					 "&metadata%%5Bpayoutq_key%%5D=%s&metadata%%5Bpayoutq_origin%%5D=%s",
+					 call->transfer_id, payoutq_http_escape(call->idempotency_key), call->origin);
 	call->url = psprintf("%s/v1/transfers", call->provider->base_url);
 	call->body = body.data;
 	add_headers(call);
@@ -121,8 +121,10 @@ read_transfer(Call *call)
 	char	   *amount = payoutq_answer_field(call, "amount");
 	char	   *currency = payoutq_answer_field(call, "currency");
 	char	   *destination = payoutq_answer_field(call, "destination");
+	const char *const origin_path[] = {"metadata", "payoutq_origin"};
+	char	   *origin = payoutq_json_text(call->answer, call->length, origin_path, 2);
 
-	if (id == NULL || amount == NULL || currency == NULL || destination == NULL ||
+	if (id == NULL || origin == NULL || strcmp(origin, call->origin) != 0 || amount == NULL || currency == NULL || destination == NULL ||
 		strtoll(amount, NULL, 10) != call->amount || pg_strcasecmp(currency, call->currency) != 0 ||
 		strcmp(destination, call->destination) != 0)
 	{
@@ -152,13 +154,18 @@ read_list(Call *call)
 		char	   *n = psprintf("%d", i);
 		const char *const id_path[] = {"data", n, "id"};
 		const char *const key_path[] = {"data", n, "metadata", "payoutq_key"};
+		const char *const origin_path[] = {"data", n, "metadata", "payoutq_origin"};
+		const char *const amount_path[] = {"data", n, "amount"};
 		char	   *id = payoutq_json_text(call->answer, call->length, id_path, 3);
 		char	   *key = payoutq_json_text(call->answer, call->length, key_path, 4);
+		char	   *origin = payoutq_json_text(call->answer, call->length, origin_path, 4);
+		char	   *amount = payoutq_json_text(call->answer, call->length, amount_path, 3);
 
 		if (id == NULL)
 			break;
 		last = id;
-		if (key && strcmp(key, call->idempotency_key) == 0)
+		if (key && strcmp(key, call->idempotency_key) == 0 && origin && strcmp(origin, call->origin) == 0 &&
+			amount && strtoll(amount, NULL, 10) == call->amount)
 		{
 			call->reference = id;
 			call->outcome = CALL_SENT;
@@ -173,10 +180,10 @@ read_list(Call *call)
 
 /* Only what Stripe itself says is final, not what a proxy does. */
 static CallOutcome
-read_rejection(const char *type, const char *code)
+read_rejection(long status, const char *type, const char *code)
 {
 	/* What was done under the key was asked for with another body. */
-	if (type == NULL || strcmp(type, "idempotency_error") == 0)
+	if (type == NULL || (status == 404 && (code == NULL || strcmp(code, "resource_missing") != 0)) || strcmp(type, "idempotency_error") == 0)
 		return CALL_UNKNOWN;
 	if (code && strcmp(code, "balance_insufficient") == 0)
 		return CALL_UNFUNDED;
@@ -200,7 +207,7 @@ read_error(Call *call)
 		case 400:
 		case 402:
 		case 404:
-			call->outcome = read_rejection(type, code);
+			call->outcome = read_rejection(call->http_status, type, code);
 			break;
 		case 401:
 		case 403:
