@@ -68,6 +68,8 @@ BEGIN
         USING ERRCODE = 'object_not_in_prerequisite_state',
               DETAIL = CASE WHEN challenge.status = 'pending_admin' AND challenge.result IS NOT NULL
                             THEN format('It was resolved as %s, and job %s is at it.', challenge.result, challenge.job_id)
+                            WHEN challenge.status = 'active' AND challenge.due_at IS NOT NULL
+                            THEN format('It is active, and due at %s; payout_run_deadlines() closes it then.', challenge.due_at)
                             ELSE format('It is %s.', challenge.status) END;
 END $$;
 
