@@ -308,7 +308,8 @@ claim_calls(TimestampTz now)
 		rate_limited |= allowed == 0;
 
 		/* In turns, so that neither waits for the other at the rate limit. */
-		provider->ask_first = !provider->ask_first;
+		if (allowed > 0)
+			provider->ask_first = !provider->ask_first;
 		for (int turn = 0; turn < 2 && allowed > 0; turn++)
 		{
 			bool		asks = (turn == 0) == provider->ask_first;

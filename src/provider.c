@@ -185,21 +185,26 @@ check_url(const char *name, const char *value)
 	CURLU	   *url = curl_url();
 	char	   *scheme = NULL;
 	char	   *host = NULL;
+	char	   *part = NULL;
 	bool		ok = url != NULL && curl_url_set(url, CURLUPART_URL, value, 0) == CURLUE_OK &&
 		curl_url_get(url, CURLUPART_SCHEME, &scheme, 0) == CURLUE_OK &&
 		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK &&
-		strpbrk(value, "@#") == NULL && value[strlen(value) - 1] != '/';
+		curl_url_get(url, CURLUPART_USER, &part, 0) == CURLUE_NO_USER &&
+		curl_url_get(url, CURLUPART_PASSWORD, &part, 0) == CURLUE_NO_PASSWORD &&
+		curl_url_get(url, CURLUPART_FRAGMENT, &part, 0) == CURLUE_NO_FRAGMENT &&
+		value[strlen(value) - 1] != '/';
 	bool		secure = ok && strcmp(scheme, "https") == 0;
 	bool		local = ok && strcmp(scheme, "http") == 0 && is_loopback(host);
 
 	curl_free(scheme);
 	curl_free(host);
+	curl_free(part);
 	curl_url_cleanup(url);
 	if (!ok)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("option \"%s\" is not a URL", name),
-				 errdetail("It must have a host, no user, and not end with a slash.")));
+				 errmsg("option \"%s\" is not a URL of a provider", name),
+				 errdetail("It must have a host, no user, password or fragment, and not end with a slash.")));
 	if (!secure && !local)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
