@@ -37,7 +37,7 @@
 #define LOOKUP_MS		200
 
 /* Beyond the time-out of a call, so that only a dead process loses its lease. */
-#define LEASE_MARGIN_MS	60000
+#define LEASE_MARGIN_MS	20000
 
 /*
  * An answer waits for a lock for a moment only, because all others wait with it,

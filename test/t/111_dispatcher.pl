@@ -74,8 +74,6 @@ my %rows = (
 	small     => [ { unreached => 1, status => 400, code => 'amount_too_small' }, 'permanent 400', $back ],
 	gone      => [ { unreached => 1, status => 404, code => 'resource_missing' }, 'permanent 404', $back ],
 	closed    => [ { times => 0 }, 'permanent 400', $back ],
-	patient   => [ { fault => '429-limited', headers => { 'Retry-After' => '3', 'Stripe-Rate-Limited-Reason' => 'global-rate' } },
-		'transient 429, sent 200', $paid ],
 	patient503 => [ { fault => 503, headers => { 'Retry-After' => '3' } }, 'unknown 503, sent 200', $paid ],
 	nobody    => [ { times => 0 }, '', $back ],
 );
@@ -110,13 +108,21 @@ is($node->safe_psql('app', "SELECT error FROM payout_transfers WHERE user_id = '
 is($node->safe_psql('app', "SELECT count(*) FROM payout_attempts a JOIN payout_transfers t USING (transfer_id) WHERE user_id = 'endless' AND a.error = 'the answer is longer than 65536 bytes'"),
 	1, 'an answer that is too long says so');
 is(scalar(grep { $_->{url} =~ /elsewhere/ } @{ ask($provider, 'GET', '/requests') }), 0, 'redirects are not followed');
-cmp_ok(pause('acct_patient'), '>=', 3000, 'Retry-After is honoured');
-cmp_ok(pause('acct_patient503'), '>=', 3000, 'also by another status');
+cmp_ok(pause('acct_patient503'), '>=', 3000, 'Retry-After is honoured');
 cmp_ok(pause('acct_down503'), '<', 2000, 'without it, the pause is ours');
 is($node->safe_psql('app', "SELECT completed_count, failed_count FROM payout_job_status($job)"),
 	scalar(grep { $_->[2] eq $paid } values %rows) . '|' . scalar(grep { $_->[2] eq $back } values %rows), 'the job counts both');
 is($node->safe_psql('app', q{SELECT payout_balance('@transit:stripe', 'EUR')}), 0, 'nothing is left in transit');
 books_ok($node, 'app', 'after the table');
+
+# Too many calls: all wait as long as the provider asks for
+rule($provider, 'acct_limit', fault => '429-limited', headers => { 'Retry-After' => '2', 'Stripe-Rate-Limited-Reason' => 'global-rate' });
+$job = pay('limit', 'limit');
+ok(wait_for($node, 'app', "SELECT error LIKE 'HTTP 429%' FROM payout_transfers WHERE job_id = $job"), 'the limit is met');
+my $other = pay('other', 'afterwards');
+ok(wait_for_job($node, 'app', $_), 'sent in the end') foreach ($job, $other);
+cmp_ok(pause('acct_limit'), '>=', 2000, 'Retry-After is honoured');
+cmp_ok(posts('acct_afterwards')->[0]{at} - posts('acct_limit')->[0]{at}, '>=', 2000, 'by all calls to the provider');
 is(worker_errors($node), '', 'no complaint of a worker');
 
 $node->stop;

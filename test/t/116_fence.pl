@@ -56,6 +56,8 @@ ok(wait_for($standby, 'app', "SELECT clock_timestamp() > '$looked'::timestamptz 
 is($standby->safe_psql('app', $states), $before, 'nothing is sent');
 is(requests(), $sent, 'the provider has heard nothing');
 
+# Without waiting for the leases to lapse
+$standby->safe_psql('app', q{UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE status = 'processing'});
 $standby->safe_psql('app', 'SELECT payout_arm_sending()');
 ok(wait_for_job($standby, 'app', $job, 'completed', 120), 'once armed, it sends the rest');
 my %paid;
