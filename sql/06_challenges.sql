@@ -231,10 +231,17 @@ DECLARE
     due bigint[];
 BEGIN
     PERFORM payoutq.require_time(at);
-    SELECT array_agg(d.id) INTO due
-      FROM (SELECT c.id FROM payoutq.challenge c
-             WHERE c.status = 'active' AND c.due_at <= at AND (c.origin = payoutq.origin()) IS TRUE
-             ORDER BY c.due_at FOR UPDATE SKIP LOCKED) d;
+    -- Notifications that began in the same second have theirs locked for a moment.
+    FOR attempt IN 1 .. 10 LOOP
+        SELECT array_agg(d.id) INTO due
+          FROM (SELECT c.id FROM payoutq.challenge c
+                 WHERE c.status = 'active' AND c.due_at <= at AND (c.origin = payoutq.origin()) IS TRUE
+                 ORDER BY c.due_at FOR UPDATE SKIP LOCKED) d;
+        EXIT WHEN coalesce(cardinality(due), 0)
+            = (SELECT count(*) FROM payoutq.challenge c
+                WHERE c.status = 'active' AND c.due_at <= at AND (c.origin = payoutq.origin()) IS TRUE);
+        PERFORM pg_sleep(0.05);
+    END LOOP;
     IF due IS NULL THEN
         RETURN 0;
     END IF;
@@ -319,7 +326,9 @@ BEGIN
     winners := CASE result WHEN 'challenger_won' THEN target.yes_stakes WHEN 'challenged_won' THEN target.no_stakes END;
     IF winners > 0 THEN
         payout_job_id := payoutq.create_challenge_job(target, 'payout', fee);
-        message := format('%s winning stakes share %s minor units of %s, after a fee of %s.', winners, pool - fee, target.currency, fee);
+        message := format('%s share%s %s minor units of %s%s.',
+                          CASE winners WHEN 1 THEN '1 winning stake' ELSE winners || ' winning stakes' END, CASE winners WHEN 1 THEN 's' END,
+                          pool - fee, target.currency, CASE WHEN fee > 0 THEN ', after a fee of ' || fee END);
     ELSE
         refund_job_id := payoutq.create_challenge_job(target, 'refund', 0);
         message := format('%s: all %s stakes go back, %s minor units of %s.',
