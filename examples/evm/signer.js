@@ -16,7 +16,7 @@ const url = env.EVM_RPC ?? 'http://127.0.0.1:8545';
 const provider = env.EVM_PROVIDER ?? 'evm';
 const currency = env.EVM_CURRENCY ?? 'ETH';
 const unit = 10n ** BigInt(env.EVM_UNIT_DIGITS ?? 9);  // wei in one of payoutq's units: 1 gwei
-const confirmations = Number(env.EVM_CONFIRMATIONS ?? 12);
+const confirmations = BigInt(env.EVM_CONFIRMATIONS ?? 12);
 const maxFee = BigInt(env.EVM_MAX_FEE_GWEI ?? 100) * 10n ** 9n;
 const tip = BigInt(env.EVM_TIP_GWEI ?? 1) * 10n ** 9n;
 const gasLimit = BigInt(env.EVM_GAS ?? 60000);         // more than 21000 for wallets that are contracts
@@ -31,7 +31,8 @@ const log = (what, error) => console.error(`${what}: ${error.message}`);
 // own connections, so that neither waits for the other's.
 const [db, confirming] = [1, 2].map(() => {
 	const pool = new pg.Pool({ max: 4, keepAlive: true, options: '-c synchronous_commit=on' });
-	return pool.on('error', (error) => log('database', error));
+	pool.on('connect', (client) => client.on('error', (error) => log('database', error)));
+	return pool.on('error', () => {});      // the same of one that is idle
 });
 
 let calls = 0;
@@ -152,7 +153,7 @@ function failed(transfer, errorClass, reason) {
 // ---------------------------------------------------------------------------
 
 async function confirm() {
-	const head = Number(await rpc('eth_blockNumber'));
+	const head = BigInt(await rpc('eth_blockNumber'));   // no answer is no number
 	const { rows } = await confirming.query(`
 		SELECT e.hash, e.raw FROM payout_transfers t JOIN evm_transaction e ON e.hash = t.provider_reference
 		 WHERE t.provider = $1 AND t.status = 'sent' AND t.confirmed_at IS NULL AND e.chain_id = $2
@@ -167,11 +168,14 @@ async function confirmOne(transaction, head) {
 		if (!await rpc('eth_getTransactionByHash', transaction.hash)) await broadcast(transaction);
 		return false;
 	}
-	if (head - Number(receipt.blockNumber) + 1 < confirmations) return false;
+	const block = BigInt(receipt.blockNumber);
+	if (head - block + 1n < confirmations) return false;
+	const done = { '0x1': true, '0x0': false }[receipt.status];
+	if (done === undefined) throw new Error(`${transaction.hash} has the status ${receipt.status}`);
 	await confirming.query(`
 		WITH e AS (UPDATE evm_transaction SET block = $4 WHERE hash = $2)
-		SELECT payout_confirm_transfer($1, $2, $3, $5)`, [provider, transaction.hash, Number(receipt.status) === 1,
-		Number(receipt.blockNumber), Number(receipt.status) === 1 ? null : 'the transaction was reverted']);
+		SELECT payout_confirm_transfer($1, $2, $3, $5)`,
+	[provider, transaction.hash, done, block, done ? null : 'the transaction was reverted']);
 	return true;
 }
 

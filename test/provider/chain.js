@@ -20,12 +20,13 @@ const { network } = require('module').createRequire(signer)('hardhat');
 const node = (method, ...params) => network.provider.send(method, params);
 
 // Whether the call reaches the node, and what the caller learns: nothing, as long
-// as he waits; the end of the connection; or the answer.
+// as he waits; the end of the connection; an answer without a result; or all.
 const faults = {
   unreached: { reaches: false, silent: true },
   silent: { reaches: true, silent: true },
   lost: { reaches: true, drop: true },
   refused: { reaches: false, drop: true },
+  empty: { reaches: false },
 };
 let rules = [];
 let calls = { held: 0 };

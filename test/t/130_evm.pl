@@ -97,7 +97,7 @@ ok($node->safe_psql('app', q{SELECT count(*) > 0 FROM payout_attempts WHERE outc
 my $snapshot = rpc('evm_snapshot');
 rpc('evm_mine');
 is(scalar @{ books() }, $n - 1, 'all are in a block');
-rules();
+rules({ method => 'eth_blockNumber', fault => 'empty', times => 5 });
 ok(asked(2 * $n), 'the signer looks at it');
 is($node->safe_psql('app', q{SELECT count(*) FROM payout_transfers WHERE status = 'completed'}), 0, 'one block is not enough');
 rpc('evm_revert', $snapshot);
