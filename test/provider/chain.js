@@ -1,5 +1,6 @@
 // A chain to test against: the node of hardhat behind a JSON-RPC server that can
-// be told to misbehave.
+// be told to misbehave.  (Not ganache's: version 7.9.2 executes a transaction that it
+// is sent twice, twice.)
 //
 //   node chain.js
 //
