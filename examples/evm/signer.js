@@ -12,6 +12,8 @@ import { getAddress, isHexString, keccak256, Wallet } from 'ethers';
 import pg from 'pg';
 
 const env = process.env;            // and PGHOST, PGDATABASE, ... for the database
+for (const name of ['EVM_CHAIN_ID', 'EVM_KEY'])
+	if (!env[name]) throw new Error(`${name} is not set`);
 const url = env.EVM_RPC ?? 'http://127.0.0.1:8545';
 const provider = env.EVM_PROVIDER ?? 'evm';
 const currency = env.EVM_CURRENCY ?? 'ETH';
