@@ -399,8 +399,9 @@ sub dispatcher_pid
 
 =item start_provider(%options)
 
-Starts a provider to test against, test/provider/provider.js, and returns it.
-Options are those of the program.  It ends with the test, however that ends.
+Starts a provider to test against, test/provider/provider.js or the C<program>
+given, and returns it.  Other options are those of the program.  It ends with
+the test, however that ends.
 
 =cut
 
@@ -409,7 +410,8 @@ my @providers;
 sub start_provider
 {
 	my (%options) = @_;
-	my $pid = open2(my $out, my $in, 'node', "$FindBin::RealBin/../provider/provider.js",
+	my $program = delete $options{program} // 'provider.js';
+	my $pid = open2(my $out, my $in, 'node', "$FindBin::RealBin/../provider/$program",
 		map { ("--$_" => $options{$_}) } sort keys %options);
 	my $provider = { pid => $pid, out => $out, in => $in };
 
