@@ -356,7 +356,7 @@ BEGIN
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
-           AND (t.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
+           AND (t.maybe_sent OR t.status = 'processing' OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
            AND NOT (t.status IN ('unknown', 'processing')
                     AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND payoutq.wants_lookup(t, key_life)))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED

@@ -63,14 +63,11 @@ BEGIN
             PERFORM payoutq.end_attempt(target, 'completed', reference, NULL);
             target.provider_reference := reference;
             PERFORM payoutq.complete_or_leave(target);
-        WHEN 'refused' THEN
+        WHEN 'refused', 'unreachable' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
-                    payoutq.open_circuit(target.provider, reason, interval '1 minute', false);
-        WHEN 'unreachable' THEN
-            PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
-                    payoutq.open_circuit(target.provider, reason, interval '1 s', false);
+                    payoutq.open_circuit(target.provider, outcome, reason);
         WHEN 'unfunded' THEN
-            PERFORM payoutq.open_circuit(target.provider, reason, interval '1 minute', true);
+            PERFORM payoutq.open_circuit(target.provider, outcome, reason);
             IF target.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
                 PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent THEN 'unknown' ELSE 'permanent' END, reason, NULL, true);
             ELSE
@@ -90,15 +87,20 @@ BEGIN
     END IF;
 END $$;
 
--- Longer each time, up to fifteen times as long as at first.
-CREATE FUNCTION payoutq.open_circuit(provider text, reason text, first interval, sends_only boolean) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + first, reason, sends_only)
+-- Longer each time, up to fifteen times as long as at first. Somebody has to
+-- mend what is refused; a connection may be there again in a moment.
+CREATE FUNCTION payoutq.open_circuit(provider text, outcome text, reason text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    pause interval := CASE outcome WHEN 'unreachable' THEN payoutq.setting('payoutq.retry_base')::interval ELSE '1 minute' END;
+BEGIN
+    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + pause, reason, outcome = 'unfunded')
     ON CONFLICT ON CONSTRAINT circuit_pkey DO UPDATE
        SET failures = c.failures + 1, reason = excluded.reason, sends_only = excluded.sends_only,
-           open_until = clock_timestamp() + first * least(15, 2 ^ c.failures)
-     WHERE c.open_until <= clock_timestamp()
-$$;
+           open_until = clock_timestamp() + pause * least(15, 2 ^ c.failures)
+     WHERE c.open_until <= clock_timestamp();
+END $$;
 
 -- Transfers to ask the provider about; each is asked about once at a time.
 CREATE FUNCTION payoutq.claim_confirmations(provider text, max_count integer, lease interval)
@@ -136,8 +138,7 @@ BEGIN
             PERFORM payoutq.reject_transfer(target, reason);
         ELSE
             IF outcome IN ('refused', 'unreachable') THEN
-                PERFORM payoutq.open_circuit(target.provider, reason, CASE outcome WHEN 'refused' THEN interval '1 minute'
-                                                                                   ELSE interval '1 s' END, false);
+                PERFORM payoutq.open_circuit(target.provider, outcome, reason);
             END IF;
             -- Not so often any more when it takes long.
             UPDATE payoutq.transfer t
@@ -197,8 +198,8 @@ BEGIN
             PERFORM payoutq.next_generation(target, target.destination);
         END IF;
     ELSE
-        IF outcome = 'refused' THEN
-            PERFORM payoutq.open_circuit(target.provider, reason, interval '1 minute', false);
+        IF outcome IN ('refused', 'unreachable') THEN
+            PERFORM payoutq.open_circuit(target.provider, outcome, reason);
         END IF;
         UPDATE payoutq.transfer t
            SET error = coalesce(reason, t.error),
