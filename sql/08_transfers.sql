@@ -430,7 +430,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE payoutq.attempt a
-       SET outcome = outcome, finished_at = clock_timestamp(), provider_reference = provider_reference, error = error
+       SET outcome = outcome, finished_at = clock_timestamp(),
+           provider_reference = coalesce(provider_reference, a.provider_reference), error = error
      WHERE a.transfer_id = t.id AND a.attempt = t.attempts;
 END $$;
 

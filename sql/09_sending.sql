@@ -53,7 +53,7 @@ BEGIN
         RAISE LOG 'the answer to transfer % came late: %', transfer_id, outcome;
         RETURN;
     END IF;
-    UPDATE payoutq.attempt a SET http_status = record_answer.http_status
+    UPDATE payoutq.attempt a SET http_status = record_answer.http_status, provider_reference = reference
      WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
 
     CASE outcome
@@ -168,8 +168,8 @@ BEGIN
 END $$;
 
 -- That nothing was done counts when it is quiet: the provider may still have
--- been at it; and not against an answer that sounds as if it was done. Then a
--- new key may be used, as often as a key may be tried.
+-- been at it; and not if there was an answer with something that was done. Then
+-- a new key may be used, as often as a key may be tried.
 CREATE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -183,7 +183,7 @@ BEGIN
         RETURN;
     END IF;
     SELECT max(coalesce(a.finished_at, a.started_at)), count(DISTINCT a.generation) FILTER (WHERE a.outcome = 'unknown'),
-           coalesce(bool_or(a.generation = target.generation AND a.http_status BETWEEN 200 AND 299), false)
+           coalesce(bool_or(a.generation = target.generation AND a.provider_reference IS NOT NULL), false)
       INTO quiet_since, lost_keys, answered
       FROM payoutq.attempt a WHERE a.transfer_id = target.id;
 

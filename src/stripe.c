@@ -156,16 +156,17 @@ read_transfer(Call *call)
 	char	   *amount_reversed = field(call, -1, "amount_reversed", NULL);
 
 	call->outcome = CALL_UNKNOWN;
-	if (id == NULL || !is_ours(call, -1))
+	if (id == NULL)
 	{
-		call->reason = pstrdup("the answer is not the transfer that was asked for");
+		call->reason = pstrdup("the answer is not a transfer");
 		return;
 	}
 	if (call->purpose == CALL_SEND)
-	{
 		call->reference = id;
+	if (!is_ours(call, -1))
+		call->reason = pstrdup("the answer is not the transfer that was asked for");
+	else if (call->purpose == CALL_SEND)
 		call->outcome = CALL_SENT;
-	}
 	else if (reversed && strcmp(reversed, "true") == 0)
 	{
 		call->outcome = CALL_REJECTED;
