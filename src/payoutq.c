@@ -21,6 +21,7 @@ void
 _PG_init(void)
 {
 	payoutq_define_settings();
+	payoutq_install_drop_hook();
 
 	/* Without preload there is no shared memory and no launcher. */
 	if (!process_shared_preload_libraries_in_progress)

@@ -23,6 +23,7 @@ extern int	payoutq_workers;
 extern int	payoutq_batch_size;
 extern int	payoutq_interval;		/* seconds */
 extern char *payoutq_databases;
+extern bool payoutq_allow_drop;
 extern int	payoutq_max_attempts;
 extern int	payoutq_retry_base;		/* milliseconds */
 extern int	payoutq_retry_cap;		/* milliseconds */
@@ -200,6 +201,7 @@ extern TimestampTz payoutq_callbacks_due(void);
 PGDLLEXPORT void payoutq_errand_main(Datum arg);
 
 /* utility.c */
+extern void payoutq_install_drop_hook(void);
 extern void payoutq_install_utility_hook(void);
 
 /* worker.c */

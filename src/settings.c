@@ -15,6 +15,7 @@ int			payoutq_workers;
 int			payoutq_batch_size;
 int			payoutq_interval;
 char	   *payoutq_databases;
+bool		payoutq_allow_drop;
 int			payoutq_max_attempts;
 int			payoutq_retry_base;
 int			payoutq_retry_cap;
@@ -83,6 +84,10 @@ payoutq_define_settings(void)
 								s->value, s->min, s->max, s->context,
 								s->flags, NULL, NULL, NULL);
 	}
+
+	DefineCustomBoolVariable("payoutq.allow_drop",
+							 "Allows the extension to be dropped while its ledger has entries.",
+							 NULL, &payoutq_allow_drop, false, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	DefineCustomStringVariable("payoutq.databases",
 							   "Sets the databases in which workers run, separated by commas.",

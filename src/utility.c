@@ -1,6 +1,7 @@
 /*
  * utility.c
- *		Get out of the way of commands on databases, and notice DROP EXTENSION.
+ *		Get out of the way of commands on databases, notice DROP EXTENSION, and
+ *		refuse it while there are books to lose.
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
@@ -9,6 +10,9 @@
  */
 #include "postgres.h"
 
+#include "catalog/namespace.h"
+#include "catalog/objectaccess.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_database.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
@@ -18,6 +22,8 @@
 #include "storage/latch.h"
 #include "tcop/utility.h"
 #include "utils/acl.h"
+#include "utils/lsyscache.h"
+#include "utils/snapmgr.h"
 
 #include "compat.h"
 #include "payoutq.h"
@@ -27,6 +33,7 @@
 #define STOP_POLL_MS		5
 
 static ProcessUtility_hook_type next_hook = NULL;
+static object_access_hook_type next_object_access_hook = NULL;
 
 static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 									bool readOnlyTree, ProcessUtilityContext context,
@@ -35,7 +42,51 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool drops_extension(Node *statement);
+static void object_access(ObjectAccessType access, Oid classId, Oid objectId,
+						  int subId, void *arg);
+static void refuse_to_drop_books(void);
 static void hold_off_workers(Oid database);
+
+/* Also without shared_preload_libraries, in sessions that have called us. */
+void
+payoutq_install_drop_hook(void)
+{
+	next_object_access_hook = object_access_hook;
+	object_access_hook = object_access;
+}
+
+/*
+ * Whatever drops the extension (also DROP SCHEMA, DROP OWNED) comes here with the
+ * ledger's table, before anything of it is gone.
+ */
+static void
+object_access(ObjectAccessType access, Oid classId, Oid objectId, int subId, void *arg)
+{
+	if (next_object_access_hook)
+		next_object_access_hook(access, classId, objectId, subId, arg);
+	if (access == OAT_DROP && classId == RelationRelationId && subId == 0 && !payoutq_allow_drop &&
+		objectId == get_relname_relid("movement", get_namespace_oid("payoutq", true)))
+		refuse_to_drop_books();
+}
+
+static void
+refuse_to_drop_books(void)
+{
+	static const char *const any = "SELECT FROM payoutq.movement LIMIT 1";
+	bool		found;
+
+	SPI_connect();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	found = SPI_execute(any, true, 1) == SPI_OK_SELECT && SPI_processed > 0;
+	PopActiveSnapshot();
+	SPI_finish();
+	if (found)
+		ereport(ERROR,
+				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+				 errmsg("cannot drop extension payoutq because its ledger has entries"),
+				 errdetail("Balances and the history of all payments would be lost."),
+				 errhint("Make a backup, then SET payoutq.allow_drop = on.")));
+}
 
 void
 payoutq_install_utility_hook(void)

@@ -79,6 +79,7 @@ sub start_node
 	# wants what users have.
 	$node->append_conf('postgresql.conf', qq(
 shared_preload_libraries = '$preload'
+payoutq.allow_drop = on
 restart_after_crash = on
 fsync = off
 log_statement = none

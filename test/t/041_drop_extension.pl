@@ -58,11 +58,31 @@ foreach my $command ('DROP EXTENSION payoutq', 'DROP SCHEMA home CASCADE',
 }
 
 # DROP EXTENSION is rolled back: nothing has happened.
-$node->safe_psql('app', 'CREATE EXTENSION payoutq SCHEMA public');
+$node->safe_psql('app', 'CREATE ROLE keeper SUPERUSER; SET ROLE keeper; CREATE EXTENSION payoutq SCHEMA public');
 my $job = create_job($node, 'app', 'rolled back', 100);
 $node->safe_psql('app', 'BEGIN; DROP EXTENSION payoutq; ROLLBACK');
 ok(wait_for_job($node, 'app', $job), 'DROP EXTENSION rolled back');
 paid_once_ok($node, 'app', 100, 'after the ROLLBACK');
+
+# It is refused while the ledger has entries, whatever would drop it, also in a
+# server without the worker.
+$node->append_conf('postgresql.conf', 'payoutq.allow_drop = off');
+foreach my $preload ('payoutq', '')
+{
+	$node->append_conf('postgresql.conf', "shared_preload_libraries = '$preload'");
+	$node->restart;
+	foreach my $command ('DROP EXTENSION payoutq', 'DROP EXTENSION payoutq CASCADE', 'DROP OWNED BY keeper CASCADE',
+		'SET LOCAL payoutq.allow_drop = on; SET LOCAL payoutq.allow_drop = off; DROP EXTENSION payoutq')
+	{
+		my ($code, $out, $error) = $node->psql('app', "\\set VERBOSITY verbose\nBEGIN; SELECT payout_balance('u1'); $command");
+		like($error, qr/ERROR:  2BP01: cannot drop extension payoutq because its ledger has entries.*allow_drop = on/s,
+			"'$preload': $command");
+	}
+	paid_once_ok($node, 'app', 100, 'nothing has changed');
+}
+$node->safe_psql('app', 'SET payoutq.allow_drop = on; DROP EXTENSION payoutq');
+$node->safe_psql('app', 'CREATE EXTENSION payoutq; DROP EXTENSION payoutq');
+pass('an empty ledger is dropped as it is');
 
 $node->stop;
 done_testing();
