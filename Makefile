@@ -7,6 +7,7 @@
 #   make bench                measure
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
+#   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
 
 EXTENSION = payoutq
 MODULE_big = payoutq
@@ -97,6 +98,11 @@ $(INSTALL_SCRIPT_SQL): $(SQL_PARTS) payoutq.control
 # PostgreSQL's own macros and idioms do not pass the three that are left out.
 STRICT = -Wall -Wextra -Werror -Wno-unused-parameter -Wno-sign-compare \
 	-Wno-missing-field-initializers
+ifneq ($(findstring clang,$(CC)),)
+# PostgreSQL was configured for gcc.
+STRICT += -Wno-ignored-optimization-argument -Wno-unknown-warning-option \
+	-Wno-ignored-attributes
+endif
 ifneq ($(PGXS),)
 .PHONY: lint
 lint:
@@ -108,7 +114,9 @@ endif
 
 export PG_CONFIG
 
-.PHONY: test demo bench chaos
+.PHONY: test demo bench chaos analyze
+analyze:
+	@test/analyze
 test:
 	@test/run
 demo:
