@@ -7,6 +7,8 @@
 #   make bench                measure
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
+#   make dist                 the archive for PGXN, of the last commit
+#   make test-package         test the Debian package and the archive in a chroot
 
 EXTENSION = payoutq
 MODULE_big = payoutq
@@ -100,17 +102,24 @@ STRICT = -Wall -Wextra -Werror -Wno-unused-parameter -Wno-sign-compare \
 ifneq ($(PGXS),)
 .PHONY: lint
 lint:
-	@test $$(grep -c '"version": "$(EXTVERSION)"' META.json) -ge 2 || \
-		{ echo "META.json is not for version $(EXTVERSION)" >&2; exit 1; }
+	@test/meta META.json $(EXTVERSION)
 	$(MAKE) clean
 	$(MAKE) COPT='$(STRICT)' all
 endif
 
 export PG_CONFIG
 
-.PHONY: test demo bench chaos
+.PHONY: dist
+DIST_DIR = .
+dist:
+	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
+		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
+
+.PHONY: test test-package demo bench chaos
 test:
 	@test/run
+test-package:
+	@test/package $(SUITE)
 demo:
 	@examples/demo
 bench:
