@@ -20,10 +20,13 @@ use Time::HiRes qw(time usleep);
 my $monitoring = "$FindBin::RealBin/../../monitoring";
 my %started;
 
-foreach my $program ('promtool', 'prometheus', 'prometheus-postgres-exporter')
+my @missing = grep { my $program = $_; !grep { -x "$_/$program" } split /:/, $ENV{PATH} }
+  ('promtool', 'prometheus', 'prometheus-postgres-exporter');
+if (@missing)
 {
-	grep { -x "$_/$program" } split /:/, $ENV{PATH}
-	  or die "there is no $program: install Debian's packages prometheus and prometheus-postgres-exporter\n";
+	fail("there is no @missing: install Debian's packages prometheus and prometheus-postgres-exporter");
+	done_testing();
+	exit 1;
 }
 
 my $node = start_node('main', preload => 'payoutq,pg_cron', conf => q(
