@@ -8,7 +8,7 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make dist                 the archive for PGXN, of the last commit
-#   make test-package         test the Debian package and the archive in a chroot
+#   make test-package         test the Debian package and that archive, SUITE=...
 
 EXTENSION = payoutq
 MODULE_big = payoutq
