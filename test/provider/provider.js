@@ -159,7 +159,8 @@ function create(call, body) {
       id: 'tr_' + (transfers.size + 1), object: 'transfer', amount: Number(form.amount), currency: form.currency,
       destination: form.destination, transfer_group: form.transfer_group, reversed: false,
       created: Math.floor(Date.now() / 1000),
-      metadata: { payoutq_transfer: form['metadata[payoutq_transfer]'], payoutq_key: form['metadata[payoutq_key]'] },
+      metadata: { payoutq_transfer: form['metadata[payoutq_transfer]'], payoutq_key: form['metadata[payoutq_key]'],
+                  payoutq_origin: form['metadata[payoutq_origin]'] },
       key,
     };
     transfers.set(transfer.id, transfer);
