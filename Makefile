@@ -8,6 +8,8 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
+#   make dist                 the archive for PGXN, of the last commit
+#   make test-package         test the Debian package and that archive, SUITE=...
 
 EXTENSION = payoutq
 MODULE_big = payoutq
@@ -106,19 +108,26 @@ endif
 ifneq ($(PGXS),)
 .PHONY: lint
 lint:
-	@test $$(grep -c '"version": "$(EXTVERSION)"' META.json) -ge 2 || \
-		{ echo "META.json is not for version $(EXTVERSION)" >&2; exit 1; }
+	@test/meta META.json $(EXTVERSION)
 	$(MAKE) clean
 	$(MAKE) COPT='$(STRICT)' all
 endif
 
 export PG_CONFIG
 
-.PHONY: test demo bench chaos analyze
+.PHONY: dist
+DIST_DIR = .
+dist:
+	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
+		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
+
+.PHONY: test test-package demo bench chaos analyze
 analyze:
 	@test/analyze
 test:
 	@test/run
+test-package:
+	@test/package $(SUITE)
 demo:
 	@examples/demo
 bench:
