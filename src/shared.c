@@ -192,7 +192,7 @@ at_end(XactEvent event, void *arg)
 		default:
 			return;
 	}
-	if (OidIsValid(held_database))
+	if (payoutq_shared && OidIsValid(held_database))
 		release_database();
 	wake_pending = announce_pending = rescan_pending = false;
 }
