@@ -488,7 +488,9 @@ DECLARE
 BEGIN
     BEGIN
         UPDATE payoutq.transfer
-           SET status = 'completed', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(), error = NULL,
+           SET status = 'completed', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(),
+               -- What was said when it was confirmed stays.
+               error = CASE WHEN t.confirmed_at IS NOT NULL AND t.error NOT LIKE 'callback: %' THEN t.error END,
                updated_at = clock_timestamp()
          WHERE id = t.id;
         PERFORM payoutq.settle_transfer(t, 'completed');
@@ -631,13 +633,13 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_confirm_transfer(text, text, boolean, text) IS
 'records what the provider says of a transfer that was sent, and returns its status: completed (sent, if the callback has failed) or confirmation_failed, which gives the money back to the user; saying it again changes nothing; errors: 22023, 42704, 55000';
 
--- A new key, unless the present one was never used. Only for what was
--- definitely not done under the present one.
+-- A new key, unless none was ever used. Only for what was definitely not done
+-- under the present one.
 CREATE FUNCTION payoutq.next_generation(t payoutq.transfer, destination text) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     UPDATE payoutq.transfer
        SET status = 'pending', destination = next_generation.destination,
-           generation = generation + CASE WHEN attempts > 0 THEN 1 ELSE 0 END,
+           generation = coalesce((SELECT max(a.generation) + 1 FROM payoutq.attempt a WHERE a.transfer_id = t.id), generation),
            first_attempt = attempts + 1, maybe_sent = false, first_sent_at = NULL, token = NULL, provider_reference = NULL,
            run_after = clock_timestamp(), error = NULL, updated_at = clock_timestamp()
      WHERE id = t.id

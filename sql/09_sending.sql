@@ -210,17 +210,22 @@ BEGIN
 END $$;
 
 -- The provider has made a transfer under a key of ours, and says so of its own
--- accord, or in its books. Ours is sent, then, if nobody has tried another key
--- since; so also in a copy of the database that does not know of the call. What
--- was failed by hand is only marked: the money is there twice. The transfer is
--- locked. Returns whether it was of use.
+-- accord, or in its books. Ours is sent, then, also if it was tried under another
+-- key since, which is not used again; so also in a copy of the database that does
+-- not know of the call. What was failed here is only marked: the money is there
+-- twice. The transfer is locked. Returns whether it was of use.
 CREATE FUNCTION payoutq.adopt_transfer(t payoutq.transfer, key text, reference text) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    generation integer := coalesce(substring(key FROM ':g([0-9]{1,9})$')::integer, 1);
-    open boolean := t.status IN ('pending', 'retryable', 'unknown') OR t.status = 'processing' AND t.run_after <= clock_timestamp();
+    made_under integer := coalesce(substring(key FROM ':g([0-9]{1,9})$')::integer, 1);
 BEGIN
-    IF t.provider_reference IS NOT NULL OR EXISTS (SELECT FROM payoutq.transfer o WHERE o.provider = t.provider AND o.provider_reference = reference) THEN
+    IF octet_length(reference) BETWEEN 1 AND 255 IS NOT TRUE
+       OR EXISTS (SELECT FROM payoutq.transfer o WHERE o.provider = t.provider AND o.provider_reference = reference)
+       -- It was ours before, and was rejected.
+       OR EXISTS (SELECT FROM payoutq.attempt a WHERE a.transfer_id = t.id AND a.provider_reference = reference) THEN
+        RETURN false;
+    ELSIF t.provider_reference IS NOT NULL THEN
+        RAISE WARNING 'the provider has made transfer % twice, as "%" and "%"', t.id, t.provider_reference, reference;
         RETURN false;
     ELSIF t.status = 'failed_terminal' THEN
         UPDATE payoutq.transfer
@@ -228,16 +233,20 @@ BEGIN
          WHERE id = t.id;
         RAISE WARNING 'transfer % was failed, and the provider has made it', t.id;
         RETURN true;
-    ELSIF NOT open OR t.generation > generation AND t.attempts >= t.first_attempt THEN
+    ELSIF NOT (t.status IN ('pending', 'retryable', 'unknown') OR t.status = 'processing' AND t.run_after <= clock_timestamp()) THEN
         RETURN false;
     END IF;
 
-    IF t.attempts < t.first_attempt OR t.generation <> generation THEN
+    IF t.attempts < t.first_attempt OR t.generation <> made_under THEN
+        IF t.status = 'processing' THEN
+            PERFORM payoutq.end_attempt(t, 'unknown', NULL, 'the lease ended without a report');
+        END IF;
         t.attempts := t.attempts + 1;
         INSERT INTO payoutq.attempt (transfer_id, attempt, generation, token, started_at)
-        VALUES (t.id, t.attempts, generation, gen_random_uuid(), clock_timestamp());
+        VALUES (t.id, t.attempts, made_under, gen_random_uuid(), clock_timestamp());
         UPDATE payoutq.transfer
-           SET attempts = t.attempts, generation = adopt_transfer.generation, first_sent_at = coalesce(first_sent_at, clock_timestamp())
+           SET attempts = t.attempts, first_attempt = t.attempts, generation = made_under,
+               first_sent_at = coalesce(first_sent_at, clock_timestamp())
          WHERE id = t.id;
     END IF;
     PERFORM payoutq.mark_sent(t, reference);
@@ -270,9 +279,10 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     object jsonb := event #> '{data,object}';
+    reversed boolean := coalesce(object -> 'reversed' = 'true', false);
     target payoutq.transfer;
 BEGIN
-    IF event ->> 'type' NOT LIKE 'transfer.%' THEN
+    IF event ->> 'type' LIKE 'transfer.%' IS NOT TRUE THEN
         RETURN 'ignored';
     END IF;
     SELECT t.* INTO target FROM payoutq.transfer t
@@ -281,7 +291,11 @@ BEGIN
         IF target.status = 'sent' THEN
             UPDATE payoutq.transfer t SET run_after = least(t.run_after, clock_timestamp()) WHERE t.id = target.id;
         ELSIF event ->> 'type' = 'transfer.reversed' THEN
-            UPDATE payoutq.transfer t SET error = 'reversed at the provider' WHERE t.id = target.id;
+            -- What was failed here and made there is amended, and may be retried.
+            UPDATE payoutq.transfer t
+               SET error = CASE WHEN reversed THEN '' ELSE coalesce(object ->> 'amount_reversed', 'some') || ' of it ' END || 'reversed at the provider',
+                   provider_reference = CASE WHEN NOT reversed OR t.status <> 'failed_terminal' THEN t.provider_reference END
+             WHERE t.id = target.id;
         END IF;
         PERFORM payoutq.wake();
         RETURN 'accepted';
@@ -293,7 +307,7 @@ BEGIN
        AND object #>> '{metadata,payoutq_origin}' = payoutq.key_origin()
        AND t.amount::text = object ->> 'amount' AND lower(t.currency) = object ->> 'currency'
        AND t.destination = object ->> 'destination' FOR UPDATE;
-    IF NOT FOUND OR event ->> 'type' = 'transfer.reversed'
+    IF NOT FOUND OR reversed OR event ->> 'type' = 'transfer.reversed'
        OR NOT payoutq.adopt_transfer(target, object #>> '{metadata,payoutq_key}', object ->> 'id') THEN
         RETURN 'ignored';
     END IF;
@@ -332,7 +346,7 @@ BEGIN
     IF kind = 'stripe' THEN
         RETURN payoutq.handle_stripe_event(provider, event);
     END IF;
-    IF event ->> 'status' NOT IN ('completed', 'failed') THEN
+    IF event ->> 'status' IN ('completed', 'failed') IS NOT TRUE THEN
         RETURN 'ignored';
     END IF;
     RETURN @extschema@.payout_confirm_transfer(provider, event ->> 'reference', event ->> 'status' = 'completed', event ->> 'reason');
@@ -346,24 +360,32 @@ CREATE FUNCTION @extschema@.payout_reconcile(provider text, listing jsonb DEFAUL
 RETURNS TABLE (finding text, transfer_id bigint, provider_reference text, amount bigint, currency text, detail text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
+DECLARE
+    origin text := payoutq.key_origin();
+    made record;
 BEGIN
     PERFORM payoutq.provider_kind(provider);
-    IF jsonb_typeof(listing) IS DISTINCT FROM 'array' THEN
+    IF jsonb_typeof(listing) IS DISTINCT FROM 'array'
+       OR EXISTS (SELECT FROM jsonb_array_elements(listing) l WHERE jsonb_typeof(l) <> 'object') THEN
         RAISE EXCEPTION 'listing must be an array of objects' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF repair THEN
-        PERFORM payoutq.adopt_transfer(t, l.key, l.reference)
-           FROM (SELECT l ->> 'key' AS key, l ->> 'reference' AS reference, (l ->> 'amount')::bigint AS amount,
-                        lower(l ->> 'currency') AS currency, l ->> 'destination' AS destination, l ->> 'origin' AS origin,
-                        count(*) OVER (PARTITION BY payoutq.transfer_of_key(l ->> 'key')) AS times,
-                        count(*) OVER (PARTITION BY l ->> 'reference') AS uses
-                   FROM jsonb_array_elements(listing) l
-                  WHERE NOT coalesce((l ->> 'reversed')::boolean, false)) l
-           JOIN payoutq.transfer t ON t.id = payoutq.transfer_of_key(l.key)
-          WHERE l.times = 1 AND l.uses = 1 AND octet_length(l.reference) BETWEEN 1 AND 255
-            AND coalesce(l.origin, payoutq.key_origin()) = payoutq.key_origin()
-            AND t.provider = provider AND t.provider_reference IS NULL AND t.amount = l.amount
-            AND lower(t.currency) = l.currency AND t.destination = l.destination;
+        FOR made IN
+            SELECT t AS transfer, l.key, l.reference
+              FROM (SELECT l ->> 'key' AS key, l ->> 'reference' AS reference, (l ->> 'amount')::bigint AS amount,
+                           lower(l ->> 'currency') AS currency, l ->> 'destination' AS destination,
+                           count(*) OVER (PARTITION BY payoutq.transfer_of_key(l ->> 'key')) AS times,
+                           count(*) OVER (PARTITION BY l ->> 'reference') AS uses
+                      FROM jsonb_array_elements(listing) l
+                     WHERE NOT coalesce((l ->> 'reversed')::boolean, false) AND coalesce(l ->> 'origin', origin) = origin) l
+              JOIN payoutq.transfer t ON t.id = payoutq.transfer_of_key(l.key)
+             WHERE l.times = 1 AND l.uses = 1
+               AND t.provider = provider AND t.provider_reference IS NULL AND t.amount = l.amount
+               AND lower(t.currency) = l.currency AND t.destination = l.destination
+             ORDER BY t.id FOR UPDATE OF t
+        LOOP
+            PERFORM payoutq.adopt_transfer(made.transfer, made.key, made.reference);
+        END LOOP;
         PERFORM payoutq.wake();
     END IF;
 
@@ -373,6 +395,7 @@ BEGIN
                l ->> 'destination' AS destination, coalesce((l ->> 'reversed')::boolean, false) AS reversed,
                payoutq.transfer_of_key(l ->> 'key') AS transfer_id
           FROM jsonb_array_elements(listing) l
+         WHERE coalesce(l ->> 'origin', origin) = origin
     ), ours AS MATERIALIZED (
         SELECT t.* FROM payoutq.transfer t WHERE t.provider = provider
     ), matched AS MATERIALIZED (
@@ -385,8 +408,9 @@ BEGIN
        AND NOT EXISTS (SELECT FROM theirs h WHERE h.reference = o.provider_reference)
     UNION ALL
     SELECT 'orphan', m.transfer_id, m.reference, m.amount, m.currency,
-           coalesce((SELECT format('its transfer is %s here', o.status) FROM ours o WHERE o.id = m.transfer_id), 'no transfer has its key')
-      FROM matched m WHERE m.id IS NULL
+           coalesce('its transfer is ' || coalesce(m.status, o.status) || ' here', 'no transfer has its key')
+      FROM matched m LEFT JOIN ours o ON o.id = m.transfer_id
+     WHERE m.id IS NULL OR m.status IN ('failed_terminal', 'confirmation_failed') AND NOT m.reversed
     UNION ALL
     SELECT 'duplicate', h.transfer_id, string_agg(h.reference, ', '), sum(h.amount)::bigint, min(h.currency), format('%s of them', count(*))
       FROM theirs h WHERE h.transfer_id IS NOT NULL AND NOT h.reversed GROUP BY h.transfer_id HAVING count(*) > 1
