@@ -111,7 +111,7 @@ BEGIN
                                                         AND j.database <> %1$L) THEN %4$L ELSE '' END,
                    w ->> 'schedule', w ->> 'command', %1$L, %2$L, true))
           FROM jsonb_array_elements(%3$L) w$sql$,
-        current_database(), username, wanted, payoutq.job_suffix()));
+        current_database(), username, wanted, payoutq.job_suffix()))::integer;
 END $$;
 
 CREATE FUNCTION @extschema@.payout_unschedule() RETURNS integer
@@ -153,7 +153,7 @@ CREATE FUNCTION @extschema@.payout_maintain(max_rows integer DEFAULT 100000) RET
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
-    retention interval := payoutq.setting('payoutq.retention');
+    retention interval := payoutq.setting('payoutq.retention')::interval;
     removed bigint := 0;
 BEGIN
     IF max_rows IS NULL OR max_rows <= 0 THEN

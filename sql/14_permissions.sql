@@ -52,8 +52,8 @@ END $$;
 CREATE FUNCTION @extschema@.payout_grant(role_name regrole, level text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    levels text[] := CASE level WHEN 'reader' THEN '{reader}' WHEN 'operator' THEN '{reader,operator}'
-                                WHEN 'admin' THEN '{reader,operator,admin}' END;
+    levels text[] := CASE level WHEN 'reader' THEN ARRAY['reader'] WHEN 'operator' THEN ARRAY['reader', 'operator']
+                                WHEN 'admin' THEN ARRAY['reader', 'operator', 'admin'] END;
 BEGIN
     IF levels IS NULL THEN
         RAISE EXCEPTION 'invalid level "%"', coalesce(level, 'null')
