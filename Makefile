@@ -9,6 +9,7 @@
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
 #   make dist                 the archive for PGXN, of the last commit
+#   make test-versions        all tests on PostgreSQL 15, 17 and 18, SUITES=...
 #   make test-package         test the Debian package and that archive, SUITE=...
 
 EXTENSION = payoutq
@@ -121,13 +122,15 @@ dist:
 	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
 		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
 
-.PHONY: test test-package demo bench chaos analyze
+.PHONY: test test-package test-versions demo bench chaos analyze
 analyze:
 	@test/analyze
 test:
 	@test/run
 test-package:
 	@test/package $(SUITE)
+test-versions:
+	@test/versions $(SUITES)
 demo:
 	@examples/demo
 bench:
