@@ -235,7 +235,7 @@ sub complain
 }
 
 # Statements one by one; what the server does not hear because it is down is lost.
-sub ask
+sub try_query
 {
 	my ($query) = @_;
 	my ($code, $out, $error);
@@ -274,7 +274,7 @@ sub send_some
 
 	until (-e "$tmp/stop")
 	{
-		my ($claimed) = ask(q{
+		my ($claimed) = try_query(q{
 			SELECT transfer_id, attempt_token, idempotency_key, destination, amount
 			FROM payout_claim_transfers('bank', 10, '300 ms')});
 		my $reports = '';
@@ -294,7 +294,7 @@ sub send_some
 			$late = '';
 		}
 		next if $reports eq '';
-		my (undef, $error) = ask($reports);
+		my (undef, $error) = try_query($reports);
 		my @strange = grep { /ERROR:/ && !/is late|shut|recovery|starting up/ } split /\n/, $error;
 		complain("report: @strange") if @strange;
 	}
@@ -344,7 +344,7 @@ sub confirm_some
 			$messages .= "SELECT '$file', payout_confirm_transfer('bank', '$key', $confirmed);\n";
 		}
 		next if $messages eq '';
-		my ($out, $error) = ask($messages);
+		my ($out, $error) = try_query($messages);
 		foreach my $line (split /\n/, $out)
 		{
 			$heard{$1} = 1 if $line =~ /^(.*)\|(sent|completed|confirmation_failed)$/ && rand() < 0.8;
