@@ -7,7 +7,7 @@ CREATE FUNCTION @extschema@.payout_create_job(
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_jsonb';
 COMMENT ON FUNCTION @extschema@.payout_create_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'creates a job that pays the winners [{"user_id": "u1", "amount": 100}, ...], amounts in minor units, and returns its id; the same reference and payload return the same job; errors: 22023, 22P02, 22003, 23514, 23505, 42704';
+'creates a job that pays the winners [{"user_id": "u1", "amount": 100}, ...], amounts in minor units, and returns its id; the same reference with the same payload returns the same job; errors: 22023, 22P02, 22003, 23514, 23505, 42704, 42501 (provider)';
 
 CREATE FUNCTION @extschema@.payout_create_job(
     reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
@@ -16,7 +16,7 @@ CREATE FUNCTION @extschema@.payout_create_job(
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_arrays';
 COMMENT ON FUNCTION @extschema@.payout_create_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'creates a job from two arrays of one length, the fast form; amounts in minor units; errors: 22023, 22003, 23514, 23505, 42704';
+'creates a job that pays user_ids the amounts, two arrays of one length, in minor units, and returns its id: the fast form; the same reference with the same payload returns the same job; errors: 22023, 22003, 23514, 23505, 42704, 42501 (provider)';
 
 CREATE FUNCTION @extschema@.payout_create_job_from(
     reference text, query text, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
@@ -25,7 +25,7 @@ CREATE FUNCTION @extschema@.payout_create_job_from(
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_from';
 COMMENT ON FUNCTION @extschema@.payout_create_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'creates a job from a query that yields (user_id, amount bigint); a worker runs it later, as the role that calls this function (a superuser''s as pg_read_all_data), and sees the database as it is then, in one snapshot';
+'creates a job from a query that yields (user_id, amount bigint), and returns its id; a worker runs it later, as the role that calls this function (a superuser''s as pg_read_all_data), and sees the database as it is then, in one snapshot; errors: 22023, 22003, 23514, 23505, 42704, 42501 (provider), and those of the query''s syntax; what is wrong with its rows makes the job failed';
 
 -- What would happen to each entry. The job is created and rolled back, so that
 -- each error is the one that payout_create_job() would raise.
@@ -117,7 +117,7 @@ BEGIN
         batch_size, run_at, source_account, provider, metadata);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_preview_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'what payout_create_job_from() with the same arguments would do to each entry, were its query run now; writes nothing';
+'what payout_create_job_from() with the same arguments would do to each entry, were its query run now, with the rights of the caller; writes nothing; errors: those of payout_create_job_from(), and of the query';
 
 -- All that is counted comes from a few rows of payoutq.progress, so it costs
 -- the same for ten winners and for ten million.
@@ -146,6 +146,8 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
                             (p.completed + p.failed) / nullif(extract(epoch FROM
                                 coalesce(j.completed_at, clock_timestamp()) - j.started_at), 0) AS rate) s;
 
+COMMENT ON VIEW payoutq.status IS 'what payout_job_status() returns, and the first columns of payout_jobs';
+
 CREATE FUNCTION @extschema@.payout_job_status(job_id bigint) RETURNS SETOF payoutq.status
 LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -155,7 +157,7 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_job_status(bigint) IS
-'one row: where the job stands; progress goes from 0 to 1, and is 1 when the job is completed; error: 42704';
+'one row: where the job with this id stands; progress goes from 0 to 1, and is 1 only when the job is completed; amounts in minor units; error: 42704';
 
 CREATE FUNCTION @extschema@.payout_job_status(reference text) RETURNS SETOF payoutq.status
 LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
@@ -166,7 +168,7 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_job_status(text) IS
-'one row: where the job with this reference stands; error: 42704';
+'one row: where the job with this reference stands; progress goes from 0 to 1, and is 1 only when the job is completed; amounts in minor units; error: 42704';
 
 CREATE FUNCTION @extschema@.payout_wait_for_job(job_id bigint, timeout interval DEFAULT '1 minute') RETURNS text
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payout_wait_for_job';
@@ -176,4 +178,4 @@ COMMENT ON FUNCTION @extschema@.payout_wait_for_job(bigint, interval) IS
 CREATE PROCEDURE @extschema@.payout_process(max_batches integer DEFAULT NULL, job_id bigint DEFAULT NULL)
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_process';
 COMMENT ON PROCEDURE @extschema@.payout_process(integer, bigint) IS
-'does the work of a worker in this session, with a commit after each batch, until nothing is due';
+'does the work of a worker in this session, with a commit after each batch, until nothing is due, or max_batches were tried; with job_id, only of that job; errors: 22023, 25001 (inside a transaction block), 42704';

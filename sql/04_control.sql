@@ -12,7 +12,7 @@ BEGIN
     UPDATE payoutq.job SET status = 'paused' WHERE id = target.id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_pause_job(bigint) IS
-'no batch of the job is paid until payout_resume_job(); errors: 42704, 55000';
+'pauses a job: no batch of it is paid until payout_resume_job(); errors: 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_resume_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -27,7 +27,7 @@ BEGIN
     PERFORM payoutq.wake();
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_resume_job(bigint) IS
-'goes on with a paused job; errors: 42704, 55000';
+'lets a paused job go on; errors: 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_cancel_job(job_id bigint, reason text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -6,7 +6,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
                 ELSE coalesce(payoutq.user_balance(user_id, currency), 0) END
 $$;
 COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
-'balance of a user or of a system account (@outside, @platform, @job:<id>, @challenge:<id>), in minor units; 0 if there is no such account';
+'balance of a user or of a system account (@outside, @platform, @job:<id>, @challenge:<id>, @transit:<provider>), in minor units; 0 if there is no such account';
 
 -- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted
 -- before. Its plans are kept, so none may be made for tables that were small.
@@ -62,14 +62,14 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT p.id FROM payoutq.post('deposit', '@outside', user_id, amount, reference, currency) p
 $$;
 COMMENT ON FUNCTION @extschema@.payout_deposit(text, bigint, text, text) IS
-'credits a user from outside, once a reference, and returns the movement''s id; errors: 22023, 23514, 23505, 22003';
+'credits a user from @outside, once a reference, amount in minor units, and returns the movement''s id; errors: 22023, 23514, 23505, 22003, 42704 (not in the bound table)';
 
 CREATE FUNCTION @extschema@.payout_withdraw(user_id text, amount bigint, reference text, currency text DEFAULT 'USD') RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT p.id FROM payoutq.post('withdrawal', user_id, '@outside', amount, reference, currency) p
 $$;
 COMMENT ON FUNCTION @extschema@.payout_withdraw(text, bigint, text, text) IS
-'takes from a user''s balance to the outside, once a reference, and returns the movement''s id; errors: 22023, 23514 (also: balance too low), 23505';
+'takes from a user''s balance to @outside, once a reference, amount in minor units, and returns the movement''s id; errors: 22023, 23514 (also: balance too low), 23505';
 
 CREATE FUNCTION @extschema@.payout_reverse_entry(job_id bigint, user_id text, amount bigint, reason text DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -110,7 +110,7 @@ BEGIN
     RETURN id;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_reverse_entry(bigint, text, bigint, text) IS
-'takes back a paid entry, or a part of it, to the account that funded the job, and returns the movement''s id; errors: 42704, 55000, 23514 (also: balance too low)';
+'takes back a paid entry, or a part of it, in minor units, to the account that funded the job, and returns the movement''s id; errors: 42704, 55000, 23514 (also: balance too low)';
 
 CREATE FUNCTION @extschema@.payout_statement(user_id text, currency text DEFAULT 'USD')
 RETURNS TABLE (posted_at timestamptz, kind text, amount bigint, balance bigint, job_id bigint, entry integer,
@@ -140,7 +140,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
       FROM line l ORDER BY l.posted_at, l.movement, l.job_id, l.entry
 $$;
 COMMENT ON FUNCTION @extschema@.payout_statement(text, text) IS
-'the ledger lines of a user in order of time, amounts signed, with the running balance';
+'the lines of a user in the ledger, in order of time, with signed amounts in minor units and the running balance';
 
 CREATE FUNCTION @extschema@.payout_split(pool bigint, weights bigint[]) RETURNS bigint[]
 LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'payout_split';
@@ -253,4 +253,4 @@ BEGIN
      GROUP BY l.account HAVING sum(l.amount) <> 0;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_unbind_accounts(text) IS
-'keeps the balances of a currency in the extension''s own table again, where they begin at zero; what is in the application''s table stays there; error: 42704';
+'keeps the balances of a currency in the extension''s own table again, where they begin at zero; what is in the application''s table stays there; errors: 42704, 55000';

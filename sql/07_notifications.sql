@@ -124,7 +124,7 @@ BEGIN
     END IF;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_mark_notification_read(bigint) IS
-'notes that the user has read it; error: 42704';
+'notes when the user has read the notification; error: 42704';
 
 CREATE VIEW @extschema@.payout_notifications AS
 WITH notification AS NOT MATERIALIZED (

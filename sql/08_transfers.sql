@@ -772,7 +772,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
      ORDER BY t.updated_at
 $$;
 COMMENT ON FUNCTION @extschema@.payout_stuck_transfers(interval) IS
-'transfers that were begun, have not come to an end and have not moved for payoutq.confirm_timeout, or for so long, then also those that wait to be begun';
+'transfers that were begun, have not come to an end, and have not moved for payoutq.confirm_timeout; with older_than, for so long, and also those that wait to be begun';
 
 CREATE FUNCTION @extschema@.payout_on_confirm(provider text, callback regprocedure) RETURNS void
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_on_confirm';
@@ -819,7 +819,7 @@ BEGIN
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_on_settlement() IS
-'trigger AFTER INSERT OR UPDATE FOR EACH ROW, with the condition in its WHEN: makes the job of a settlement, once; arguments: key column, query for (user_id, amount) where $1 is the key, provider, currency; runs with the rights of whoever settles';
+'trigger AFTER INSERT OR UPDATE FOR EACH ROW, with the condition in its WHEN: makes the job of a settlement, once; arguments: key column, query for (user_id, amount) where $1 is the key, provider, currency; runs with the rights of whoever settles; error: 22023';
 
 CREATE VIEW @extschema@.payout_transfers AS
 SELECT t.id AS transfer_id, t.job_id, t.entry_seq AS entry, t.user_id, t.provider, t.destination, t.amount, t.currency, t.status,

@@ -8,6 +8,24 @@ SELECT s.*, j.kind, j.currency, j.priority, j.batch_size, j.run_at, j.source_acc
 COMMENT ON VIEW @extschema@.payout_jobs IS
 'jobs: status (queued, running, paused, completed, failed, cancelled), counts, progress 0..1, amounts in minor units, when and how';
 
+-- For psql's \watch: a row fits into 100 columns.
+CREATE VIEW @extschema@.payout_progress AS
+SELECT s.job_id,
+       CASE WHEN length(s.reference) > 12 THEN '..' || right(s.reference, 10) ELSE s.reference END AS reference,
+       s.status,
+       format('[%s] %s %%', rpad(repeat('#', floor(s.progress * 10)::integer), 10, '-'),
+              lpad(floor(s.progress_percent)::text, 3)) AS bar,
+       CASE WHEN s.total_winners < 100000 THEN format('%s/%s', s.completed_count, s.total_winners)
+            ELSE format('%sk/%sk', s.completed_count / 1000, s.total_winners / 1000) END AS done,
+       s.failed_count AS failed,
+       round(s.entries_per_second) AS rate,
+       CASE WHEN s.eta IS NOT NULL THEN date_trunc('second', greatest(s.eta - clock_timestamp(), '0')) END AS time_left
+  FROM payoutq.status s
+ WHERE s.completed_at IS NULL OR s.completed_at > now() - interval '1 hour'
+ ORDER BY s.job_id;
+COMMENT ON VIEW @extschema@.payout_progress IS
+'jobs that are not finished, or were in the last hour, with a bar; for \watch, a row has at most 100 columns for most jobs';
+
 CREATE VIEW @extschema@.payout_batches AS
 SELECT b.job_id, b.batch_no, b.first_seq AS first_entry, b.last_seq AS last_entry,
        CASE WHEN j.status = 'cancelled' AND b.status = 'pending' THEN 'cancelled'

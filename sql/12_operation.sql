@@ -10,7 +10,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT payoutq.start_worker()
 $$;
 COMMENT ON FUNCTION @extschema@.payout_start_worker() IS
-'lets workers run in this database again after payout_stop_workers(); without shared_preload_libraries, starts one that looks for work every second until it is stopped';
+'lets workers run in this database again after payout_stop_workers(); without shared_preload_libraries, starts one that looks for work every second until it is stopped; error: 53000 (no free worker process)';
 
 CREATE FUNCTION @extschema@.payout_stop_workers() RETURNS integer
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -5,7 +5,7 @@ CREATE FUNCTION payoutq.level_of(object text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.level FROM (VALUES
         ('reader', ARRAY['payout_job_status', 'payout_wait_for_job', 'payout_balance', 'payout_statement', 'payout_verify',
-                         'payout_split', 'payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches',
+                         'payout_split', 'payout_jobs', 'payout_progress', 'payout_entries', 'payout_failed_entries', 'payout_batches',
                          'payout_accounts', 'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
                          'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts',
                          'payout_stuck_transfers', 'payout_providers', 'provider_states', 'schedules', 'sending_is_armed', 'idempotency_key', 'workers', 'xmin_holders', 'restored_jobs']),
@@ -62,14 +62,14 @@ BEGIN
     PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_grant(regrole, text) IS
-'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs and challenges, deposit, withdraw), admin (also reverse, bind tables, workers, schedules, grant)';
+'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs and challenges, deposit, withdraw), admin (also reverse, bind tables, workers, schedules, arm sending, grant); error: 22023';
 
 CREATE FUNCTION @extschema@.payout_revoke(role_name regrole) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM payoutq.change_grants(role_name, '{reader,operator,admin}', 'REVOKE');
 END $$;
-COMMENT ON FUNCTION @extschema@.payout_revoke(regrole) IS 'takes back what payout_grant() gave';
+COMMENT ON FUNCTION @extschema@.payout_revoke(regrole) IS 'takes back from a role what payout_grant() gave; error: 22023';
 
 -- Nothing for PUBLIC, nor for whom ALTER DEFAULT PRIVILEGES names: functions are
 -- executable by everybody unless revoked.

@@ -19,7 +19,7 @@ CREATE FUNCTION app.confirmed(bigint) RETURNS void LANGUAGE sql AS '';
 SELECT payout_set_destination(u, 'bank', 'x') FROM unnest(ARRAY['t1', 't2', 't3', 't4']) AS u \g /dev/null
 SELECT payout_create_job('wired', ARRAY['t1', 't2', 't3', 't4'], ARRAY[1, 2, 3, 4], provider => 'bank') AS wired \gset
 CALL payout_process();
-SELECT plan(218);
+SELECT plan(219);
 
 -- What belongs to the extension
 CREATE TEMP TABLE routines AS SELECT oid::regprocedure::text AS routine, * FROM pg_proc WHERE false;
@@ -133,7 +133,7 @@ SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_operator'')',
 SELECT set_eq('SELECT * FROM pg_temp.callable(''payoutq_test_admin'')',
     'SELECT routine FROM may', 'and an admin these');
 SELECT set_eq(format('SELECT * FROM pg_temp.rights(%L)', who),
-    $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
+    $$SELECT v, 'SELECT' FROM unnest(ARRAY['payout_jobs', 'payout_progress', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
                                            'payout_ledger', 'payout_workers', 'payout_stats', 'payout_health', 'payout_challenges',
                                            'payout_challenges_awaiting', 'payout_stakes', 'payout_notifications', 'payout_schedules',
                                            'payout_transfers', 'payout_attempts', 'payout_providers']) AS v$$,
@@ -195,7 +195,7 @@ SELECT lives_ok(call, 'reader: ' || call)
   FROM unnest(ARRAY['SELECT * FROM payout_job_status(1)', 'SELECT * FROM payout_job_status(''paid'')',
                     'SELECT payout_wait_for_job(1, ''1 s'')', 'SELECT payout_balance(''a'')', 'SELECT payout_balance(''@platform'')',
                     'SELECT * FROM payout_statement(''a'')', 'SELECT * FROM payout_verify()', 'SELECT payout_split(1, ''{1}'')',
-                    'SELECT * FROM payout_jobs', 'SELECT * FROM payout_entries', 'SELECT * FROM payout_failed_entries',
+                    'SELECT * FROM payout_jobs', 'SELECT * FROM payout_progress', 'SELECT * FROM payout_entries', 'SELECT * FROM payout_failed_entries',
                     'SELECT * FROM payout_batches', 'SELECT * FROM payout_accounts', 'SELECT * FROM payout_ledger',
                     'SELECT * FROM payout_workers', 'SELECT * FROM payout_stats', 'SELECT * FROM payout_health',
                     'SELECT * FROM payout_challenges', 'SELECT * FROM payout_challenges_awaiting', 'SELECT * FROM payout_stakes',

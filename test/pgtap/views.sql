@@ -1,7 +1,7 @@
 -- The views: their columns, what they say of jobs in all states, statistics
 -- and alerts.
 \ir fresh.psql
-SELECT plan(78);
+SELECT plan(79);
 
 -- ---------------------------------------------------------------------------
 -- Columns that applications rely on; there may be more
@@ -43,7 +43,7 @@ SELECT is_empty(
 -- ---------------------------------------------------------------------------
 
 SELECT is_empty('SELECT FROM ' || v, v || ' is empty at first')
-  FROM unnest(ARRAY['payout_jobs', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
+  FROM unnest(ARRAY['payout_jobs', 'payout_progress', 'payout_entries', 'payout_failed_entries', 'payout_batches', 'payout_accounts',
                     'payout_ledger', 'payout_stats', 'payout_workers', 'payout_challenges', 'payout_challenges_awaiting',
                     'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts']) AS v;
 SELECT results_eq('SELECT check_name, ok FROM payout_health ORDER BY check_name',
