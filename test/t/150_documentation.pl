@@ -17,7 +17,7 @@ my $text = qr/(?:(?!^ *```).)*/ms;
 my $reference = slurp_file("$root/doc/reference.md");
 my $operations = slurp_file("$root/doc/operations.md");
 my $readme = slurp_file("$root/README.md");
-my @pages = map { chomp; $_ } grep { !m{/(?:tmp_check|log)} } `cd '$root' && find . -name '*.md'`;
+my @pages = map { chomp; $_ } grep { !m{/(?:tmp_check|log|node_modules)/} } `cd '$root' && find . -name '*.md'`;
 
 my $node = start_node('main');
 create_db_with_extension($node, 'app');
@@ -97,7 +97,7 @@ is($node->safe_psql('app', q{
 # ---------------------------------------------------------------------------
 
 my @settings = lines(q{
-	SELECT name || ' ' || coalesce(nullif(current_setting(name), ''), '''''') || ' '
+	SELECT name || ' ' || coalesce(nullif(CASE vartype WHEN 'bool' THEN boot_val ELSE current_setting(name) END, ''), '''''') || ' '
 	       || CASE context WHEN 'sighup' THEN 'reload' WHEN 'user' THEN 'session' ELSE context END
 	  FROM pg_settings WHERE name LIKE 'payoutq.%'});
 is_deeply([ sort map { my @c = map { plain($_) } cells($_); "$c[0] $c[1] $c[3]" } $reference =~ /^(\| `payoutq\.\w+` .*)$/mg ],
