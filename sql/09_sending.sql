@@ -84,6 +84,10 @@ BEGIN
             -- Whoever answers may not be who was called before (another account, a proxy).
             PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent AND outcome = 'permanent' THEN 'unknown' ELSE outcome END,
                                           reason, wait, true);
+            -- Something was made, but not what was asked for.
+            IF outcome = 'unknown' AND reference IS NOT NULL THEN
+                UPDATE payoutq.attempt a SET provider_reference = reference WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
+            END IF;
     END CASE;
     IF outcome IN ('sent', 'completed') THEN
         DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
@@ -167,8 +171,8 @@ BEGIN
 END $$;
 
 -- That nothing was done counts when it is quiet: the provider may still have
--- been at it; and not against an answer that sounds as if it was done. Then a
--- new key may be used, as often as a key may be tried.
+-- been at it; and not against an answer that something was made. Then a new key
+-- may be used, as often as a key may be tried.
 CREATE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -182,7 +186,7 @@ BEGIN
         RETURN;
     END IF;
     SELECT max(coalesce(a.finished_at, a.started_at)), count(DISTINCT a.generation) FILTER (WHERE a.outcome = 'unknown'),
-           coalesce(bool_or(a.generation = target.generation AND a.http_status BETWEEN 200 AND 299), false)
+           coalesce(bool_or(a.generation = target.generation AND a.provider_reference IS NOT NULL), false)
       INTO quiet_since, lost_keys, answered
       FROM payoutq.attempt a WHERE a.transfer_id = target.id;
 
@@ -221,7 +225,8 @@ BEGIN
     IF octet_length(reference) BETWEEN 1 AND 255 IS NOT TRUE
        OR EXISTS (SELECT FROM payoutq.transfer o WHERE o.provider = t.provider AND o.provider_reference = reference)
        -- It was ours before, and was rejected.
-       OR EXISTS (SELECT FROM payoutq.attempt a WHERE a.transfer_id = t.id AND a.provider_reference = reference) THEN
+       OR EXISTS (SELECT FROM payoutq.attempt a
+                   WHERE a.transfer_id = t.id AND a.provider_reference = reference AND a.outcome IN ('sent', 'completed')) THEN
         RETURN false;
     ELSIF t.provider_reference IS NOT NULL THEN
         RAISE WARNING 'the provider has made transfer % twice, as "%" and "%"', t.id, t.provider_reference, reference;

@@ -158,7 +158,9 @@ read_transfer(Call *call)
 	call->outcome = CALL_UNKNOWN;
 	if (id == NULL || !is_ours(call, -1))
 	{
-		call->reason = pstrdup("the answer is not the transfer that was asked for");
+		/* Something was made, if it has an id; else nobody has said so. */
+		call->reason = pstrdup(id ? "the answer is not the transfer that was asked for" : "the answer is not a transfer");
+		call->reference = call->purpose == CALL_SEND ? id : NULL;
 		return;
 	}
 	if (call->purpose == CALL_SEND)
