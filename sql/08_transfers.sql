@@ -55,7 +55,7 @@ CREATE TABLE payoutq.transfer (
 CREATE INDEX transfer_due ON payoutq.transfer (provider, run_after, id)
     WHERE status IN ('pending', 'retryable', 'unknown', 'processing');
 CREATE INDEX transfer_unanswered ON payoutq.transfer (provider, run_after, id) WHERE status IN ('unknown', 'processing');
-CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent';
+CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent' AND confirmed_at IS NULL;
 CREATE INDEX transfer_begun ON payoutq.transfer (updated_at)
     WHERE status IN ('processing', 'retryable', 'unknown', 'sent');
 CREATE INDEX transfer_confirmed ON payoutq.transfer (run_after) WHERE status = 'sent' AND confirmed_at IS NOT NULL;
@@ -356,7 +356,7 @@ BEGIN
         SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
-           AND (t.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
+           AND (t.maybe_sent OR t.status = 'processing' OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
            AND NOT (t.status IN ('unknown', 'processing')
                     AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND payoutq.wants_lookup(t, key_life)))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED

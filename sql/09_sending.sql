@@ -35,7 +35,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
                      UNION ALL
                     SELECT greatest(CASE WHEN NOT p.sends_only THEN p.open_until END, min(t.run_after)) FROM payoutq.transfer t
-                     WHERE t.provider = p.name AND t.status = 'sent') AS d (run_after)
+                     WHERE t.provider = p.name AND t.status = 'sent' AND t.confirmed_at IS NULL) AS d (run_after)
 $$;
 
 -- What a provider has answered to a transfer that was sent. A report that comes

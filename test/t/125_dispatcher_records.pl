@@ -96,6 +96,11 @@ $node->safe_psql('app', 'UPDATE payoutq.circuit SET open_until = clock_timestamp
 ok(wait_for_job($node, 'app', $_), 'later it is') foreach ($asked, $later);
 is($node->safe_psql('app', 'SELECT count(*) FROM payoutq.circuit'), 0, 'and the circuit is closed');
 
+# Refused for one account only
+rule($provider, 'acct_gone', unreached => 1, status => 403, code => 'account_invalid');
+ok(wait_for_job($node, 'app', pay('stripe', 'gone')), 'an account that the provider may not use any more');
+is($node->safe_psql('app', q{SELECT status, (SELECT count(*) FROM payoutq.circuit) FROM payout_transfers WHERE user_id = 'gone'}), 'failed_terminal|0', 'holds up nobody else');
+
 # Many providers, and others in their place
 foreach my $round ('a', 'b')
 {
