@@ -17,6 +17,7 @@ payoutq.retry_base = 20ms
 payoutq.retry_cap = 100ms
 payoutq.send_interval = 100ms
 payoutq.confirm_interval = 1h
+payoutq.lock_timeout = 10min
 ));
 create_db_with_extension($node, 'app');
 my $provider = start_provider();
