@@ -55,7 +55,7 @@ CREATE TABLE payoutq.transfer (
 CREATE INDEX transfer_due ON payoutq.transfer (provider, run_after, id)
     WHERE status IN ('pending', 'retryable', 'unknown', 'processing');
 CREATE INDEX transfer_unanswered ON payoutq.transfer (provider, run_after, id) WHERE status IN ('unknown', 'processing');
-CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent';
+CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent' AND confirmed_at IS NULL;
 CREATE INDEX transfer_begun ON payoutq.transfer (updated_at)
     WHERE status IN ('processing', 'retryable', 'unknown', 'sent');
 CREATE INDEX transfer_confirmed ON payoutq.transfer (run_after) WHERE status = 'sent' AND confirmed_at IS NOT NULL;

@@ -35,7 +35,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
                      UNION ALL
                     SELECT greatest(CASE WHEN NOT p.sends_only THEN p.open_until END, min(t.run_after)) FROM payoutq.transfer t
-                     WHERE t.provider = p.name AND t.status = 'sent') AS d (run_after)
+                     WHERE t.provider = p.name AND t.status = 'sent' AND t.confirmed_at IS NULL) AS d (run_after)
 $$;
 
 -- What a provider has answered to a transfer that was sent. A report that comes
@@ -222,7 +222,8 @@ BEGIN
     IF octet_length(reference) BETWEEN 1 AND 255 IS NOT TRUE
        OR EXISTS (SELECT FROM payoutq.transfer o WHERE o.provider = t.provider AND o.provider_reference = reference)
        -- It was ours before, and was rejected.
-       OR EXISTS (SELECT FROM payoutq.attempt a WHERE a.transfer_id = t.id AND a.provider_reference = reference) THEN
+       OR EXISTS (SELECT FROM payoutq.attempt a
+                   WHERE a.transfer_id = t.id AND a.provider_reference = reference AND a.outcome IN ('sent', 'completed')) THEN
         RETURN false;
     ELSIF t.provider_reference IS NOT NULL THEN
         RAISE WARNING 'the provider has made transfer % twice, as "%" and "%"', t.id, t.provider_reference, reference;

@@ -30,6 +30,7 @@
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
+#include "storage/proc.h"
 #include "tcop/pquery.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -209,6 +210,9 @@ set_engine_settings(GucAction action)
 	set_setting("enable_material", "off", action);
 	set_setting("jit", "off", action);
 
+	/* A dispatcher waits less when it records. */
+	if (payoutq_is_worker && action == GUC_ACTION_SAVE && LockTimeout > 0 && LockTimeout < payoutq_lock_timeout)
+		return;
 	snprintf(timeout, sizeof(timeout), "%d", payoutq_lock_timeout);
 	set_setting("lock_timeout", timeout, action);
 }

@@ -229,7 +229,8 @@ read_error(Call *call)
 			break;
 		case 401:
 		case 403:
-			call->outcome = CALL_REFUSED;
+			/* One account, not all of them */
+			call->outcome = code && strcmp(code, "account_invalid") == 0 ? CALL_PERMANENT : CALL_REFUSED;
 			break;
 		case 429:
 			/* Without a reason it is about an object that is locked. */

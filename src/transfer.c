@@ -43,6 +43,9 @@
 #define OTHERS_MS			1000
 static TimestampTz others_until = 0;
 
+/* Unless the server has no room for a helper, or it is long at something else. */
+#define HELPER_MS			5000
+
 typedef struct Transition
 {
 	const char *from;
@@ -76,6 +79,7 @@ static const Transition transitions[] = {
 static Oid	callback_oid(const char *signature);
 static Oid	callback_owner(Oid callback);
 static void complete(int64 transfer_id);
+static bool leave_to_helper(TimestampTz due, TimestampTz now);
 
 PG_FUNCTION_INFO_V1(payoutq_check_transition);
 PG_FUNCTION_INFO_V1(payout_on_confirm);
@@ -217,8 +221,8 @@ callback_owner(Oid callback)
 /*
  * Complete what the provider has confirmed, with the callback that a dispatcher
  * has left to us, or that has failed.  Called by whoever looks for work.  One
- * process at a time, so that a callback that hangs leaves the others to pay;
- * pg_cancel_backend() makes it fail.
+ * process at a time, and rather not the resident, so that a callback that hangs
+ * leaves the others to pay; pg_cancel_backend() makes it fail.
  */
 void
 payoutq_call_callbacks(void)
@@ -237,7 +241,7 @@ payoutq_call_callbacks(void)
 
 	if (next == 0 || next > now)
 		return;
-	if (payoutq_lock_job(CALLBACK_LOCK, ExclusiveLock, false))
+	if (!leave_to_helper(next, now) && payoutq_lock_job(CALLBACK_LOCK, ExclusiveLock, false))
 		count = payoutq_execute(&due, values, NULL, SPI_OK_SELECT);
 	if (count == 0)
 		others_until = TimestampTzPlusMilliseconds(now, OTHERS_MS);
@@ -245,6 +249,15 @@ payoutq_call_callbacks(void)
 		ids[i] = payoutq_result_int64(i, 1);
 	for (int i = 0; i < count; i++)
 		complete(ids[i]);
+}
+
+static bool
+leave_to_helper(TimestampTz due, TimestampTz now)
+{
+	if (payoutq_my_slot == NULL || !payoutq_my_slot->resident || payoutq_workers < 2)
+		return false;
+	(void) payoutq_call_for_help(MyDatabaseId);
+	return !TimestampDifferenceExceeds(due, now, HELPER_MS);
 }
 
 /* Whatever goes wrong with one transfer is not to stop the others, nor payouts. */

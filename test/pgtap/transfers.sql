@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(493);
+SELECT plan(496);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -631,6 +631,14 @@ SELECT is(pg_temp.claim('cancel'), 'k3 2', 'but nothing else is sent');
 SELECT pg_temp.done('k3') \g /dev/null
 SELECT is(payout_balance('@transit:cancel'), 0::bigint, 'then nothing is in transit');
 SELECT is((SELECT status || ' ' || amount_paid FROM payout_job_status(:cancel)), 'cancelled 23', 'the job stays cancelled, and says what was paid');
+-- of a lapsed lease it is asked for, as of what is unknown
+SELECT payout_set_destination('k9', 'cancel', 'k9''s'), payout_create_job('cancel2', ARRAY['k9'], ARRAY[256], provider => 'cancel') AS cancel2 \gset
+CALL payout_process(1, :cancel2);
+SELECT pg_temp.claim('cancel'), payout_cancel_job(:cancel2, 'called off') \g /dev/null
+SELECT is(pg_temp.claim('cancel'), NULL, 'a lease goes on after the job was cancelled');
+UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE user_id = 'k9';
+SELECT is(pg_temp.claim('cancel'), 'k9 2', 'when it has lapsed, the same key is used again');
+SELECT is(pg_temp.failed('k9', 'permanent'), 'failed_terminal', 'and says what was done');
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'at the end of a cancelled job the books balance');
 
 -- ---------------------------------------------------------------------------

@@ -28,6 +28,22 @@ my $job = create_job($node, 'app', 'many', $n, args => q{provider => 'stripe'});
 ok(wait_for_job($node, 'app', $job, 'completed', 20), 'all are paid');
 is($node->safe_psql('app', 'SELECT count(*), max(generation) FROM payout_transfers WHERE generation > 1'), '1|2', 'one under a new key');
 is(scalar(@{ ask($provider, 'GET', '/books') }), $n, 'each once');
+
+# An answer that says nothing is no reason to wait for ever; one that something was made is.
+rule($provider, 'acct_nothing', fault => 500);
+rule($provider, 'acct_nothing', fault => 'garbage', times => 2);
+rule($provider, 'acct_other', unreached => 1, times => 3, body => '{"id": "tr_other", "amount": 7, "currency": "usd", "destination": "acct_other"}');
+$node->safe_psql('app', "SELECT payout_set_destination(p || '1', 'stripe', 'acct_' || p) FROM unnest(ARRAY['nothing', 'other']) p");
+$job = create_job($node, 'app', 'nothing', 1, prefix => 'nothing', args => q{provider => 'stripe'});
+my $other = create_job($node, 'app', 'other', 1, prefix => 'other', args => q{provider => 'stripe'});
+ok(wait_for_job($node, 'app', $job, 'completed', 20), 'three answers that say nothing, and nothing is there: it is sent');
+is($node->safe_psql('app', "SELECT generation, string_agg(http_status::text, ' ' ORDER BY attempt) FROM payout_transfers t JOIN payout_attempts USING (transfer_id) WHERE job_id = $job GROUP BY 1"),
+	'2|500 200 200 200', 'under a new key');
+my $end = time() + 20;
+1 while time() < $end && grep({ $_->{method} eq 'GET' && $_->{url} =~ /acct_other/ } @{ ask($provider, 'GET', '/requests') }) < 8;
+is($node->safe_psql('app', "SELECT t.status, generation, t.attempts, a.provider_reference FROM payout_transfers t JOIN payout_attempts a USING (transfer_id) WHERE job_id = $other AND attempt = 1"),
+	'unknown|1|3|tr_other', 'an answer with another transfer: it waits for somebody to look');
+is(scalar(grep { $_->{destination} eq 'acct_nothing' } @{ ask($provider, 'GET', '/books') }), 1, 'once');
 books_ok($node, 'app', 'at the end');
 $node->stop;
 done_testing();
