@@ -46,8 +46,8 @@ OBJS = \
 	src/errand.o \
 	src/wait.o
 
-PG_CPPFLAGS = -DPAYOUTQ_VERSION='"$(EXTVERSION)"' $(shell curl-config --cflags)
-SHLIB_LINK = $(shell curl-config --libs)
+PG_CPPFLAGS = -DPAYOUTQ_VERSION='"$(EXTVERSION)"' $(shell curl-config --cflags 2>/dev/null)
+SHLIB_LINK = $(shell curl-config --libs 2>/dev/null)
 
 # The install script is kept in parts and joined in the order of their names.
 INSTALL_SCRIPT_SQL = sql/$(EXTENSION)--$(EXTVERSION).sql

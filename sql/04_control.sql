@@ -90,7 +90,8 @@ BEGIN
     IF target.provider IS NOT NULL AND target.status IN ('running', 'completed') THEN
         SELECT queued + count(@extschema@.payout_retry_transfer(t.id)) INTO queued
           FROM (SELECT t.* FROM payoutq.transfer t
-                 WHERE t.job_id = target.id AND t.status IN ('failed_terminal', 'confirmation_failed') ORDER BY t.entry_seq) t
+                 WHERE t.job_id = target.id AND t.status IN ('failed_terminal', 'confirmation_failed')
+                   AND (t.status = 'confirmation_failed' OR t.provider_reference IS NULL) ORDER BY t.entry_seq) t
           JOIN payoutq.destination d ON d.user_id = t.user_id AND d.provider = t.provider
          WHERE payoutq.user_balance(t.user_id, t.currency) >= t.amount
            AND NOT EXISTS (SELECT FROM payoutq.movement m WHERE m.job_id = t.job_id AND m.kind = 'reversal' AND m.entry_seq = t.entry_seq);

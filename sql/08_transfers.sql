@@ -49,15 +49,17 @@ CREATE TABLE payoutq.transfer (
     created_at         timestamptz NOT NULL DEFAULT now(),
     updated_at         timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT transfer_entry UNIQUE (job_id, entry_seq),
-    CONSTRAINT transfer_reference UNIQUE (provider, provider_reference)
+    CONSTRAINT transfer_reference UNIQUE (provider, provider_reference),
+    CONSTRAINT transfer_reference_length CHECK (octet_length(provider_reference) BETWEEN 1 AND 255)
 ) WITH (fillfactor = 70);
 CREATE INDEX transfer_due ON payoutq.transfer (provider, run_after, id)
     WHERE status IN ('pending', 'retryable', 'unknown', 'processing');
-CREATE INDEX transfer_unknown ON payoutq.transfer (provider, run_after, id) WHERE status = 'unknown';
+CREATE INDEX transfer_unanswered ON payoutq.transfer (provider, run_after, id) WHERE status IN ('unknown', 'processing');
 CREATE INDEX transfer_sent ON payoutq.transfer (provider, run_after, id) WHERE status = 'sent';
-CREATE INDEX transfer_open ON payoutq.transfer (updated_at)
-    WHERE status IN ('pending', 'processing', 'retryable', 'unknown', 'sent');
+CREATE INDEX transfer_begun ON payoutq.transfer (updated_at)
+    WHERE status IN ('processing', 'retryable', 'unknown', 'sent');
 CREATE INDEX transfer_confirmed ON payoutq.transfer (run_after) WHERE status = 'sent' AND confirmed_at IS NOT NULL;
+CREATE INDEX transfer_made_twice ON payoutq.transfer (id) WHERE status = 'failed_terminal' AND provider_reference IS NOT NULL;
 CREATE INDEX transfer_failed ON payoutq.transfer (job_id) WHERE status IN ('failed_terminal', 'confirmation_failed');
 COMMENT ON TABLE payoutq.transfer IS
 'one entry''s money on its way to a provider; states move along the picture in src/README.md, which a trigger guards';
@@ -292,9 +294,8 @@ BEGIN
 END $$;
 
 CREATE FUNCTION payoutq.idempotency_key(transfer_id bigint, generation integer) RETURNS text
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT 'payout:' || transfer_id || CASE WHEN generation > 1 THEN ':g' || generation ELSE '' END
-$$;
+LANGUAGE sql IMMUTABLE
+RETURN 'payout:' || transfer_id || CASE WHEN generation > 1 THEN ':g' || generation ELSE '' END;
 
 CREATE FUNCTION payoutq.refuse_unknown_transfer(transfer_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -308,11 +309,38 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
 $$;
 
+-- Transfers whose key was used three times, or may have been forgotten by the
+-- provider: nothing is sent under it again, but it is asked what was done.
+CREATE FUNCTION payoutq.wants_lookup(t payoutq.transfer, key_life interval) RETURNS boolean
+LANGUAGE sql STABLE
+RETURN t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent_at + key_life;
+
+-- Of a lease that has lapsed nobody knows what was done. Most are claimed again
+-- as they are; this sees to the others.
+CREATE FUNCTION payoutq.end_lapsed_leases(provider text, max_count integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+DECLARE
+    key_life interval := payoutq.key_life(provider);
+BEGIN
+    WITH lapsed AS (
+        UPDATE payoutq.transfer t
+           SET status = 'unknown', maybe_sent = true, error = 'the lease ended without a report', updated_at = clock_timestamp()
+          FROM (SELECT d.id FROM payoutq.transfer d
+                 WHERE d.provider = provider AND d.status = 'processing'
+                   AND d.run_after <= clock_timestamp() AND payoutq.wants_lookup(d, key_life)
+                 ORDER BY d.run_after LIMIT max_count FOR UPDATE SKIP LOCKED) due
+         WHERE t.id = due.id
+        RETURNING t.id, t.attempts, t.error
+    )
+    UPDATE payoutq.attempt a SET outcome = 'unknown', finished_at = clock_timestamp(), error = l.error
+      FROM lapsed l WHERE a.transfer_id = l.id AND a.attempt = l.attempts;
+END $$;
+
 -- A claim lasts as long as its lease. A lease that ends without a report is an
 -- attempt with an unknown outcome: the next one uses the same key, unless the
--- provider may have forgotten it. Left out are, if so asked, those of which
--- claim_lookups() takes care. Destinations
--- can be left out, and then each is claimed for once.
+-- provider may have forgotten it. Destinations can be left out, and then each is
+-- claimed for once; and so can be what claim_lookups() takes care of.
 CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL,
                                          without_lookups boolean DEFAULT false)
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
@@ -330,7 +358,7 @@ BEGIN
            AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
            AND (t.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
            AND NOT (t.status IN ('unknown', 'processing')
-                    AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND t.attempts - t.first_attempt + 1 >= 3))
+                    AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND payoutq.wants_lookup(t, key_life)))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
     ), due AS (
         SELECT l.id, l.status, l.attempts
@@ -351,7 +379,7 @@ BEGIN
         INSERT INTO payoutq.attempt (transfer_id, attempt, generation, token, started_at)
         SELECT c.id, c.attempts, c.generation, c.token, claimed_at FROM claimed c
     )
-    SELECT c.id, c.token, c.attempts, 'payout:' || c.id || CASE WHEN c.generation > 1 THEN ':g' || c.generation ELSE '' END, c.user_id, c.destination, c.amount, c.currency,
+    SELECT c.id, c.token, c.attempts, payoutq.idempotency_key(c.id, c.generation), c.user_id, c.destination, c.amount, c.currency,
            c.job_id, c.entry_seq
       FROM claimed c ORDER BY c.id;
 END $$;
@@ -360,16 +388,18 @@ END $$;
 CREATE FUNCTION @extschema@.payout_claim_transfers(provider text, max_count integer DEFAULT 50, lease interval DEFAULT '1 minute')
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
                amount bigint, currency text, metadata jsonb)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_bitmapscan = off SET enable_sort = off AS $$
 #variable_conflict use_variable
 BEGIN
     IF max_count IS NULL OR max_count <= 0 OR lease IS NULL OR lease <= interval '0' THEN
         RAISE EXCEPTION 'max_count and lease must be greater than zero' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM payoutq.provider_kind(provider), payoutq.require_armed();
+    PERFORM payoutq.provider_kind(provider), payoutq.require_armed(), payoutq.end_lapsed_leases(provider, max_count);
     RETURN QUERY
     SELECT c.transfer_id, c.attempt_token, c.attempt, c.idempotency_key, c.user_id, c.destination, c.amount, c.currency,
-           coalesce(j.metadata, '{}') || jsonb_build_object('job_id', j.id, 'reference', j.reference, 'entry', c.entry)
+           coalesce(j.metadata, '{}') || jsonb_build_object('job_id', j.id, 'reference', j.reference, 'entry', c.entry,
+                                                            'origin', payoutq.key_origin())
       FROM payoutq.claim_transfers(provider, max_count, lease) c
       JOIN payoutq.job j ON j.id = c.job_id;
 END $$;
@@ -414,13 +444,22 @@ BEGIN
      WHERE id = t.id;
 END $$;
 
+CREATE FUNCTION payoutq.require_reference(provider_reference text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF octet_length(provider_reference) NOT BETWEEN 1 AND 255 THEN
+        RAISE EXCEPTION 'provider_reference must have 1 to 255 bytes' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_transfer_sent(transfer_id bigint, attempt_token uuid, provider_reference text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF provider_reference IS NULL OR provider_reference = '' THEN
-        RAISE EXCEPTION 'provider_reference must not be null or empty'
+    IF provider_reference IS NULL THEN
+        RAISE EXCEPTION 'provider_reference must not be null'
             USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It is what the transfer is confirmed by.';
     END IF;
+    PERFORM payoutq.require_reference(provider_reference);
     PERFORM payoutq.mark_sent(payoutq.reporting_transfer(transfer_id, attempt_token), provider_reference);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_sent(bigint, uuid, text) IS
@@ -432,13 +471,12 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target payoutq.transfer := payoutq.reporting_transfer(transfer_id, attempt_token);
 BEGIN
-    provider_reference := nullif(provider_reference, '');
-    PERFORM payoutq.end_attempt(target, 'completed', provider_reference, NULL);
+    PERFORM payoutq.require_reference(provider_reference), payoutq.end_attempt(target, 'completed', provider_reference, NULL);
     target.provider_reference := provider_reference;
     PERFORM payoutq.complete_transfer(target);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_completed(bigint, uuid, text) IS
-'reports that the transfer has been made, for good; errors: 42704, 55000 (late report), 23505 (the reference is another transfer''s)';
+'reports that the transfer has been made, for good; errors: 22023, 42704, 55000 (late report), 23505 (the reference is another transfer''s)';
 
 -- With the callback in the same transaction. One that fails leaves the transfer
 -- sent, confirmed, and due to be completed later.
@@ -464,22 +502,36 @@ BEGIN
     END;
 
     UPDATE payoutq.transfer
-       SET status = 'sent', provider_reference = t.provider_reference, confirmed_at = coalesce(confirmed_at, clock_timestamp()),
-           callback_failures = callback_failures + 1, error = 'callback: ' || failure,
-           run_after = clock_timestamp() + payoutq.backoff(callback_failures + 1), updated_at = clock_timestamp()
+       SET status = 'sent', provider_reference = t.provider_reference, confirmed_at = coalesce(confirmed_at, clock_timestamp())
      WHERE id = t.id;
-    PERFORM payoutq.wake();
+    PERFORM payoutq.postpone_callback(t.id, failure);
     RETURN 'sent';
 END $$;
 
--- What a worker does of its own accord: callbacks that have failed.
-CREATE FUNCTION payoutq.call_callbacks_again(max_count integer) RETURNS bigint
-LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
-    SELECT count(payoutq.complete_transfer(t))
-      FROM (SELECT * FROM payoutq.transfer
-             WHERE status = 'sent' AND confirmed_at IS NOT NULL AND run_after <= clock_timestamp()
-             ORDER BY run_after LIMIT max_count FOR UPDATE SKIP LOCKED) t
-$$;
+CREATE FUNCTION payoutq.postpone_callback(transfer_id bigint, failure text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE payoutq.transfer
+       SET callback_failures = callback_failures + 1, error = left('callback: ' || failure, 1000),
+           run_after = clock_timestamp() + payoutq.backoff(callback_failures + 1), updated_at = clock_timestamp()
+     WHERE id = transfer_id;
+    PERFORM payoutq.wake();
+END $$;
+
+-- For the dispatcher, which does not wait for callbacks: a worker calls them.
+CREATE FUNCTION payoutq.complete_or_leave(t payoutq.transfer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM payoutq.confirm_callback c WHERE c.provider = t.provider) THEN
+        PERFORM payoutq.complete_transfer(t);
+        RETURN;
+    END IF;
+    UPDATE payoutq.transfer
+       SET status = 'sent', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(), error = NULL,
+           run_after = clock_timestamp(), updated_at = clock_timestamp()
+     WHERE id = t.id;
+    PERFORM payoutq.wake();
+END $$;
 
 -- As the engine's: doubles with each failure, with jitter.
 CREATE FUNCTION payoutq.backoff(failures integer) RETURNS interval
@@ -495,9 +547,9 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     in_generation integer := t.attempts - t.first_attempt + 1;
 
-    -- Money that may have left is not given back because of a later failure: it
-    -- is looked up, reconciled, or failed by hand.
-    outcome text := CASE WHEN error_class = 'permanent' AND NOT t.maybe_sent THEN 'failed_terminal'
+    -- Money that may have left is not given back because of a failure that says
+    -- nothing of the earlier attempts.
+    outcome text := CASE WHEN error_class = 'permanent' THEN 'failed_terminal'
                          WHEN error_class = 'unknown' OR t.maybe_sent THEN 'unknown'
                          WHEN counts AND in_generation >= payoutq.setting('payoutq.max_attempts')::integer THEN 'failed_terminal'
                          ELSE 'retryable' END;
@@ -506,6 +558,7 @@ BEGIN
     IF outcome = 'retryable' AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status = 'cancelled') THEN
         outcome := 'failed_terminal';
     END IF;
+    reason := left(reason, 1000);
     PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
     UPDATE payoutq.transfer
        SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
@@ -530,7 +583,7 @@ BEGIN
     RETURN payoutq.fail_transfer(payoutq.reporting_transfer(transfer_id, attempt_token), error_class, reason, NULL, true);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_failed(bigint, uuid, text, text) IS
-'reports that the transfer was not made (permanent: never will be; transient: try again) or that nobody knows (unknown), and returns the new status: retryable, failed_terminal, or unknown, which is tried again under the same key; errors: 22023, 42704, 55000 (late report)';
+'reports that the transfer was not made (permanent: refused under its key, so that no earlier attempt has made it either; transient: this attempt has not) or that nobody knows (unknown), and returns the new status: retryable, failed_terminal, or unknown, which is tried again under the same key; errors: 22023, 42704, 55000 (late report)';
 
 CREATE FUNCTION payoutq.reject_transfer(t payoutq.transfer, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -622,6 +675,11 @@ BEGIN
                   DETAIL = CASE WHEN job.status = 'cancelled' THEN format('Job %s was cancelled.', job.id)
                                 ELSE format('It is %s.', target.status) END;
     END IF;
+    IF target.status = 'failed_terminal' AND target.provider_reference IS NOT NULL THEN
+        RAISE EXCEPTION 'transfer % cannot be retried', target.id
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = format('The provider has made it, as "%s", and the user has the money twice.', target.provider_reference);
+    END IF;
     IF EXISTS (SELECT FROM payoutq.movement m WHERE m.job_id = target.job_id AND m.kind = 'reversal' AND m.entry_seq = target.entry_seq) THEN
         RAISE EXCEPTION 'transfer % cannot be retried', target.id
             USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = 'Its entry was reversed.';
@@ -702,10 +760,12 @@ RETURNS TABLE (transfer_id bigint, job_id bigint, user_id text, provider text, a
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT t.id, t.job_id, t.user_id, t.provider, t.amount, t.currency, t.status, t.attempts, t.provider_reference,
            clock_timestamp() - t.updated_at, t.error
-      FROM payoutq.transfer t
-     WHERE t.status IN ('pending', 'processing', 'retryable', 'unknown', 'sent')
-       AND (t.status <> 'pending' OR older_than IS NOT NULL)
-       AND t.updated_at < clock_timestamp() - coalesce(older_than, payoutq.setting('payoutq.confirm_timeout')::interval)
+      FROM (SELECT b.* FROM payoutq.transfer b
+             WHERE b.status IN ('processing', 'retryable', 'unknown', 'sent')
+               AND b.updated_at < clock_timestamp() - coalesce(older_than, payoutq.setting('payoutq.confirm_timeout')::interval)
+             UNION ALL
+            SELECT p.* FROM payoutq.transfer p
+             WHERE older_than IS NOT NULL AND p.status = 'pending' AND p.updated_at < clock_timestamp() - older_than) t
      ORDER BY t.updated_at
 $$;
 COMMENT ON FUNCTION @extschema@.payout_stuck_transfers(interval) IS
@@ -747,7 +807,8 @@ BEGIN
     END;
 
     EXECUTE pg_catalog.format('SELECT pg_catalog.array_agg(q.user_id::pg_catalog.text), pg_catalog.array_agg(q.amount::pg_catalog.int8) FROM (%s) AS q',
-                              pg_catalog.replace(TG_ARGV[1], '$1', pg_catalog.quote_literal(key))) INTO users, amounts;
+                              pg_catalog.array_to_string(pg_catalog.regexp_split_to_array(TG_ARGV[1], '\$1(?!\d)'),
+                                                         pg_catalog.quote_literal(key))) INTO users, amounts;
     IF users IS NOT NULL THEN
         PERFORM @extschema@.payout_create_job(reference, users, amounts, provider => nullif(TG_ARGV[2], ''),
                                               currency => coalesce(TG_ARGV[3], 'USD'));

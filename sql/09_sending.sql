@@ -7,17 +7,18 @@ CREATE TABLE payoutq.circuit (
     provider   text PRIMARY KEY,
     failures   integer NOT NULL,
     open_until timestamptz NOT NULL,
-    reason     text NOT NULL
+    reason     text NOT NULL,
+    sends_only boolean NOT NULL             -- it may still be asked what has become of transfers
 );
-COMMENT ON TABLE payoutq.circuit IS 'providers that nothing is sent to before open_until';
+COMMENT ON TABLE payoutq.circuit IS 'providers that are not called before open_until';
 
 -- Options of the server, then of the user mapping for PUBLIC, as name, value, ...
-CREATE FUNCTION payoutq.sending_providers() RETURNS TABLE (name text, options text[], open_until timestamptz)
+CREATE FUNCTION payoutq.sending_providers() RETURNS TABLE (name text, options text[], open_until timestamptz, sends_only boolean)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT s.srvname, ARRAY(SELECT unnest(ARRAY[o.option_name, o.option_value])
                               FROM (SELECT * FROM pg_options_to_table(s.srvoptions)
                                     UNION ALL SELECT * FROM pg_options_to_table(m.umoptions)) o),
-           c.open_until
+           c.open_until, coalesce(c.sends_only, false)
       FROM pg_foreign_server s
       JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'payout_provider'
       LEFT JOIN pg_user_mapping m ON m.umserver = s.oid AND m.umuser = 0
@@ -33,7 +34,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
            LATERAL (SELECT greatest(p.open_until, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
                      UNION ALL
-                    SELECT min(t.run_after) FROM payoutq.transfer t
+                    SELECT greatest(CASE WHEN NOT p.sends_only THEN p.open_until END, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status = 'sent') AS d (run_after)
 $$;
 
@@ -61,22 +62,28 @@ BEGIN
         WHEN 'completed' THEN
             PERFORM payoutq.end_attempt(target, 'completed', reference, NULL);
             target.provider_reference := reference;
-            PERFORM payoutq.complete_transfer(target);
+            PERFORM payoutq.complete_or_leave(target);
         WHEN 'refused' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
-                    payoutq.open_circuit(target.provider, reason, interval '1 minute');
+                    payoutq.open_circuit(target.provider, reason, interval '1 minute', false);
         WHEN 'unreachable' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, interval '0', false),
-                    payoutq.open_circuit(target.provider, reason, interval '1 s');
+                    payoutq.open_circuit(target.provider, reason, interval '1 s', false);
         WHEN 'unfunded' THEN
-            -- A definite rejection, which the old key would repeat
-            PERFORM payoutq.end_attempt(target, 'transient', NULL, reason),
-                    payoutq.next_generation(target, target.destination),
-                    payoutq.open_circuit(target.provider, reason, interval '1 minute');
+            PERFORM payoutq.open_circuit(target.provider, reason, interval '1 minute', true);
+            IF target.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+                PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent THEN 'unknown' ELSE 'permanent' END, reason, NULL, true);
+            ELSE
+                -- A definite rejection, which the provider would repeat under the old key
+                PERFORM payoutq.end_attempt(target, 'transient', NULL, reason),
+                        payoutq.next_generation(target, target.destination);
+            END IF;
         WHEN 'throttled' THEN
             PERFORM payoutq.fail_transfer(target, 'transient', reason, coalesce(wait, interval '1 s'), false);
         ELSE
-            PERFORM payoutq.fail_transfer(target, outcome, reason, wait, true);
+            -- Whoever answers may not be who was called before (another account, a proxy).
+            PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent AND outcome = 'permanent' THEN 'unknown' ELSE outcome END,
+                                          reason, wait, true);
     END CASE;
     IF outcome IN ('sent', 'completed') THEN
         DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
@@ -84,11 +91,11 @@ BEGIN
 END $$;
 
 -- Longer each time, up to fifteen times as long as at first.
-CREATE FUNCTION payoutq.open_circuit(provider text, reason text, first interval) RETURNS void
+CREATE FUNCTION payoutq.open_circuit(provider text, reason text, first interval, sends_only boolean) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + first, reason)
+    INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + first, reason, sends_only)
     ON CONFLICT ON CONSTRAINT circuit_pkey DO UPDATE
-       SET failures = c.failures + 1, reason = excluded.reason,
+       SET failures = c.failures + 1, reason = excluded.reason, sends_only = excluded.sends_only,
            open_until = clock_timestamp() + first * least(15, 2 ^ c.failures)
      WHERE c.open_until <= clock_timestamp()
 $$;
@@ -121,10 +128,17 @@ BEGIN
     END IF;
     CASE outcome
         WHEN 'completed' THEN
-            PERFORM payoutq.complete_transfer(target);
+            PERFORM payoutq.complete_or_leave(target);
+            IF reason IS NOT NULL THEN
+                UPDATE payoutq.transfer t SET error = reason WHERE t.id = target.id;
+            END IF;
         WHEN 'rejected' THEN
             PERFORM payoutq.reject_transfer(target, reason);
         ELSE
+            IF outcome IN ('refused', 'unreachable') THEN
+                PERFORM payoutq.open_circuit(target.provider, reason, CASE outcome WHEN 'refused' THEN interval '1 minute'
+                                                                                   ELSE interval '1 s' END, false);
+            END IF;
             -- Not so often any more when it takes long.
             UPDATE payoutq.transfer t
                SET error = reason, run_after = clock_timestamp() + greatest(payoutq.setting('payoutq.confirm_interval')::interval,
@@ -133,8 +147,7 @@ BEGIN
     END CASE;
 END $$;
 
--- Of transfers of which nobody knows, whose key was used three times, or may have
--- been forgotten by the provider: it is looked what was done under it.
+-- Transfers of which nobody knows, to ask what was done under their keys.
 CREATE FUNCTION payoutq.claim_lookups(provider text, max_count integer, lease interval)
 RETURNS TABLE (transfer_id bigint, idempotency_key text, destination text, amount bigint, currency text, job_id bigint)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
@@ -142,45 +155,41 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off 
 DECLARE
     key_life interval := payoutq.key_life(provider);
 BEGIN
-    -- Of a lapsed lease nobody knows either.
-    WITH lapsed AS (
-        UPDATE payoutq.transfer t SET status = 'unknown', maybe_sent = true
-         WHERE t.provider = provider AND t.status = 'processing' AND t.run_after <= clock_timestamp()
-           AND (t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent_at + key_life)
-        RETURNING t.id, t.attempts
-    )
-    UPDATE payoutq.attempt a
-       SET outcome = 'unknown', finished_at = clock_timestamp(), error = 'the lease ended without a report'
-      FROM lapsed l WHERE a.transfer_id = l.id AND a.attempt = l.attempts;
-
+    PERFORM payoutq.end_lapsed_leases(provider, 100);
     RETURN QUERY
     UPDATE payoutq.transfer t SET run_after = clock_timestamp() + lease
       FROM (SELECT d.id FROM payoutq.transfer d
              WHERE d.provider = provider AND d.status = 'unknown' AND d.run_after <= clock_timestamp()
-               AND (d.attempts - d.first_attempt + 1 >= 3 OR clock_timestamp() > d.first_sent_at + key_life)
+               AND payoutq.wants_lookup(d, key_life)
              ORDER BY d.run_after, d.id LIMIT max_count FOR UPDATE SKIP LOCKED) due
      WHERE t.id = due.id
     RETURNING t.id, payoutq.idempotency_key(t.id, t.generation), t.destination, t.amount, t.currency, t.job_id;
 END $$;
 
--- What was done under a key. That nothing was counts when it is quiet: the
--- provider may still have been at it. Then a new key may be used.
-CREATE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text) RETURNS void
+-- That nothing was done counts when it is quiet: the provider may still have
+-- been at it; and not against an answer that sounds as if it was done. Then a
+-- new key may be used, as often as a key may be tried.
+CREATE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text, reason text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target payoutq.transfer;
     quiet_since timestamptz;
+    lost_keys bigint;
+    answered boolean;
 BEGIN
     SELECT t.* INTO target FROM payoutq.transfer t WHERE t.id = transfer_id AND t.status = 'unknown' FOR UPDATE;
     IF NOT FOUND OR payoutq.idempotency_key(target.id, target.generation) <> record_lookup.idempotency_key THEN
         RETURN;
     END IF;
-    SELECT max(coalesce(a.finished_at, a.started_at)) INTO quiet_since FROM payoutq.attempt a WHERE a.transfer_id = target.id;
+    SELECT max(coalesce(a.finished_at, a.started_at)), count(DISTINCT a.generation) FILTER (WHERE a.outcome = 'unknown'),
+           coalesce(bool_or(a.generation = target.generation AND a.http_status BETWEEN 200 AND 299), false)
+      INTO quiet_since, lost_keys, answered
+      FROM payoutq.attempt a WHERE a.transfer_id = target.id;
 
     IF outcome = 'sent' THEN
         PERFORM payoutq.mark_sent(target, reference);
-    ELSIF outcome = 'absent' AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
-        IF target.generation >= payoutq.setting('payoutq.max_attempts')::integer
+    ELSIF outcome = 'absent' AND NOT answered AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
+        IF lost_keys >= payoutq.setting('payoutq.max_attempts')::integer
            OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
             UPDATE payoutq.transfer t SET status = 'failed_terminal', updated_at = clock_timestamp() WHERE t.id = target.id;
             PERFORM payoutq.settle_transfer(target, 'failed_terminal');
@@ -188,11 +197,50 @@ BEGIN
             PERFORM payoutq.next_generation(target, target.destination);
         END IF;
     ELSE
+        IF outcome = 'refused' THEN
+            PERFORM payoutq.open_circuit(target.provider, reason, interval '1 minute', false);
+        END IF;
         UPDATE payoutq.transfer t
-           SET run_after = clock_timestamp() + CASE outcome WHEN 'absent' THEN payoutq.quiet_period(t.provider) / 4
+           SET error = coalesce(reason, t.error),
+               run_after = clock_timestamp() + CASE outcome WHEN 'absent' THEN payoutq.quiet_period(t.provider) / 4
                                                             ELSE payoutq.backoff(t.attempts) END
          WHERE t.id = target.id;
     END IF;
+END $$;
+
+-- The provider has made a transfer under a key of ours, and says so of its own
+-- accord, or in its books. Ours is sent, then, if nobody has tried another key
+-- since; so also in a copy of the database that does not know of the call. What
+-- was failed by hand is only marked: the money is there twice. The transfer is
+-- locked. Returns whether it was of use.
+CREATE FUNCTION payoutq.adopt_transfer(t payoutq.transfer, key text, reference text) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    generation integer := coalesce(substring(key FROM ':g([0-9]{1,9})$')::integer, 1);
+    open boolean := t.status IN ('pending', 'retryable', 'unknown') OR t.status = 'processing' AND t.run_after <= clock_timestamp();
+BEGIN
+    IF t.provider_reference IS NOT NULL OR EXISTS (SELECT FROM payoutq.transfer o WHERE o.provider = t.provider AND o.provider_reference = reference) THEN
+        RETURN false;
+    ELSIF t.status = 'failed_terminal' THEN
+        UPDATE payoutq.transfer
+           SET provider_reference = reference, error = 'failed here, and made by the provider', updated_at = clock_timestamp()
+         WHERE id = t.id;
+        RAISE WARNING 'transfer % was failed, and the provider has made it', t.id;
+        RETURN true;
+    ELSIF NOT open OR t.generation > generation AND t.attempts >= t.first_attempt THEN
+        RETURN false;
+    END IF;
+
+    IF t.attempts < t.first_attempt OR t.generation <> generation THEN
+        t.attempts := t.attempts + 1;
+        INSERT INTO payoutq.attempt (transfer_id, attempt, generation, token, started_at)
+        VALUES (t.id, t.attempts, generation, gen_random_uuid(), clock_timestamp());
+        UPDATE payoutq.transfer
+           SET attempts = t.attempts, generation = adopt_transfer.generation, first_sent_at = coalesce(first_sent_at, clock_timestamp())
+         WHERE id = t.id;
+    END IF;
+    PERFORM payoutq.mark_sent(t, reference);
+    RETURN true;
 END $$;
 
 CREATE FUNCTION payoutq.quiet_period(provider text) RETURNS interval
@@ -208,7 +256,8 @@ CREATE TABLE payoutq.webhook_event (
     received_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (provider, event_id)
 );
-COMMENT ON TABLE payoutq.webhook_event IS 'events of providers that were handled; kept for payoutq.retention';
+CREATE INDEX webhook_event_received ON payoutq.webhook_event (received_at);
+COMMENT ON TABLE payoutq.webhook_event IS 'events of providers that were handled; kept for 30 days, in which a provider may send them again';
 SELECT pg_catalog.pg_extension_config_dump('payoutq.webhook_event', '');
 
 CREATE FUNCTION payoutq.signature_is_valid(provider text, header text, body bytea, at timestamptz) RETURNS boolean
@@ -227,28 +276,34 @@ BEGIN
     END IF;
     SELECT t.* INTO target FROM payoutq.transfer t
      WHERE t.provider = provider AND t.provider_reference = object ->> 'id' FOR UPDATE;
-    IF NOT FOUND AND object #>> '{metadata,payoutq_transfer}' ~ '^[0-9]{1,18}$' THEN
-        -- It came before the answer, or instead of it.
-        SELECT t.* INTO target FROM payoutq.transfer t
-         WHERE t.id = (object #>> '{metadata,payoutq_transfer}')::bigint AND t.provider = provider
-           AND payoutq.idempotency_key(t.id, t.generation) = object #>> '{metadata,payoutq_key}'
-           AND object #>> '{metadata,payoutq_origin}' = payoutq.key_origin()
-           AND t.amount::text = object ->> 'amount' AND lower(t.currency) = object ->> 'currency'
-           AND t.destination = object ->> 'destination' FOR UPDATE;
+    IF FOUND THEN
+        IF target.status = 'sent' THEN
+            UPDATE payoutq.transfer t SET run_after = least(t.run_after, clock_timestamp()) WHERE t.id = target.id;
+        ELSIF event ->> 'type' = 'transfer.reversed' THEN
+            UPDATE payoutq.transfer t SET error = 'reversed at the provider' WHERE t.id = target.id;
+        END IF;
+        PERFORM payoutq.wake();
+        RETURN 'accepted';
     END IF;
-    IF target.id IS NULL THEN
+
+    -- It came before the answer, or instead of it.
+    SELECT t.* INTO target FROM payoutq.transfer t
+     WHERE t.id = payoutq.transfer_of_key(object #>> '{metadata,payoutq_key}') AND t.provider = provider
+       AND object #>> '{metadata,payoutq_origin}' = payoutq.key_origin()
+       AND t.amount::text = object ->> 'amount' AND lower(t.currency) = object ->> 'currency'
+       AND t.destination = object ->> 'destination' FOR UPDATE;
+    IF NOT FOUND OR event ->> 'type' = 'transfer.reversed'
+       OR NOT payoutq.adopt_transfer(target, object #>> '{metadata,payoutq_key}', object ->> 'id') THEN
         RETURN 'ignored';
-    END IF;
-    IF target.status = 'unknown' AND target.provider_reference IS NULL THEN
-        PERFORM payoutq.mark_sent(target, object ->> 'id');
-    ELSIF target.status = 'sent' THEN
-        UPDATE payoutq.transfer t SET run_after = least(t.run_after, clock_timestamp()) WHERE t.id = target.id;
-    ELSIF event ->> 'type' = 'transfer.reversed' THEN
-        UPDATE payoutq.transfer t SET error = 'reversed at the provider' WHERE t.id = target.id;
     END IF;
     PERFORM payoutq.wake();
     RETURN 'accepted';
 END $$;
+
+CREATE FUNCTION payoutq.transfer_of_key(key text) RETURNS bigint
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT substring(key FROM '^payout:([0-9]{1,18})(:g[0-9]{1,9})?$')::bigint
+$$;
 
 CREATE FUNCTION @extschema@.payout_handle_webhook(provider text, headers jsonb, body bytea, at timestamptz DEFAULT clock_timestamp())
 RETURNS text
@@ -296,14 +351,18 @@ BEGIN
         RAISE EXCEPTION 'listing must be an array of objects' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF repair THEN
-        -- What is unknown here, and known there under the same key, was sent.
-        PERFORM payoutq.mark_sent(t, l ->> 'reference')
-           FROM jsonb_array_elements(listing) l
-           JOIN payoutq.transfer t ON t.id = substring(l ->> 'key' FROM '^payout:([0-9]{1,18})(:g[0-9]+)?$')::bigint
-          WHERE t.provider = provider AND t.status = 'unknown' AND t.provider_reference IS NULL
-            AND payoutq.idempotency_key(t.id, t.generation) = l ->> 'key' AND t.amount = (l ->> 'amount')::bigint
-            AND lower(t.currency) = lower(l ->> 'currency') AND t.destination = l ->> 'destination'
-            AND NOT coalesce((l ->> 'reversed')::boolean, false);
+        PERFORM payoutq.adopt_transfer(t, l.key, l.reference)
+           FROM (SELECT l ->> 'key' AS key, l ->> 'reference' AS reference, (l ->> 'amount')::bigint AS amount,
+                        lower(l ->> 'currency') AS currency, l ->> 'destination' AS destination, l ->> 'origin' AS origin,
+                        count(*) OVER (PARTITION BY payoutq.transfer_of_key(l ->> 'key')) AS times,
+                        count(*) OVER (PARTITION BY l ->> 'reference') AS uses
+                   FROM jsonb_array_elements(listing) l
+                  WHERE NOT coalesce((l ->> 'reversed')::boolean, false)) l
+           JOIN payoutq.transfer t ON t.id = payoutq.transfer_of_key(l.key)
+          WHERE l.times = 1 AND l.uses = 1 AND octet_length(l.reference) BETWEEN 1 AND 255
+            AND coalesce(l.origin, payoutq.key_origin()) = payoutq.key_origin()
+            AND t.provider = provider AND t.provider_reference IS NULL AND t.amount = l.amount
+            AND lower(t.currency) = l.currency AND t.destination = l.destination;
         PERFORM payoutq.wake();
     END IF;
 
@@ -311,7 +370,7 @@ BEGIN
     WITH theirs AS MATERIALIZED (
         SELECT l ->> 'reference' AS reference, l ->> 'key' AS key, (l ->> 'amount')::bigint AS amount, l ->> 'currency' AS currency,
                l ->> 'destination' AS destination, coalesce((l ->> 'reversed')::boolean, false) AS reversed,
-               substring(l ->> 'key' FROM '^payout:([0-9]{1,18})(:g[0-9]+)?$')::bigint AS transfer_id
+               payoutq.transfer_of_key(l ->> 'key') AS transfer_id
           FROM jsonb_array_elements(listing) l
     ), ours AS MATERIALIZED (
         SELECT t.* FROM payoutq.transfer t WHERE t.provider = provider
@@ -344,7 +403,7 @@ BEGIN
     ORDER BY 1, 2;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_reconcile(text, jsonb, interval, boolean) IS
-'compares our transfers with all that a provider lists, as [{"reference", "key", "amount", "currency", "destination", "reversed"}]: missing, orphan, duplicate, amount_mismatch, reversed, stale_unknown; with repair, what is unknown here and listed under its key becomes sent, which is safe to repeat; errors: 22023, 42704';
+'compares our transfers with all that a provider lists, as [{"reference", "key", "origin", "amount", "currency", "destination", "reversed"}] (origin: see payout_claim_transfers, for an account that several installations use): missing, orphan, duplicate, amount_mismatch, reversed, stale_unknown; with repair, what is not known to be sent here and is listed under its key becomes sent, which is safe to repeat; errors: 22023, 22P02 (a number or a boolean), 42704';
 
 CREATE FUNCTION payoutq.provider_states()
 RETURNS TABLE (provider text, kind text, base_url text, open_until timestamptz, reason text)

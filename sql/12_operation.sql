@@ -67,6 +67,10 @@ SELECT c.check_name,
     SELECT 'stuck_transfers', count(*), 0, 'above', 'transfers that have not moved for payoutq.confirm_timeout; look at payout_stuck_transfers()'
       FROM @extschema@.payout_stuck_transfers()
     UNION ALL
+    SELECT 'transfers_made_twice', count(*), 0, 'above',
+           'transfers that were failed here and made by the provider; the user has the money twice'
+      FROM payoutq.transfer t WHERE t.status = 'failed_terminal' AND t.provider_reference IS NOT NULL
+    UNION ALL
     SELECT 'sending_armed', payoutq.sending_is_armed()::integer, 1, 'below',
            'transfers are sent from here; after a restore or a promotion payout_arm_sending() must be called'
     UNION ALL

@@ -164,9 +164,12 @@ BEGIN
         DELETE FROM payoutq.notification n
          WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.created_at < now() - retention LIMIT max_rows);
         GET DIAGNOSTICS removed = ROW_COUNT;
-        DELETE FROM payoutq.webhook_event w WHERE w.received_at < now() - retention;
     END IF;
+    -- Nobody waits for how many those are.
+    DELETE FROM payoutq.webhook_event w
+     WHERE (w.provider, w.event_id) IN (SELECT o.provider, o.event_id FROM payoutq.webhook_event o
+                                         WHERE o.received_at < now() - interval '30 days' LIMIT max_rows);
     RETURN removed;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_maintain(integer) IS
-'removes notifications (and events of web hooks) older than payoutq.retention, if that is set, at most max_rows in a call, and returns how many; error: 22023';
+'removes notifications older than payoutq.retention, if that is set, at most max_rows in a call, and returns how many; and events of web hooks older than 30 days; error: 22023';

@@ -323,12 +323,14 @@ payoutq_next_due(TimestampTz now)
 	Datum		values[] = {TimestampTzGetDatum(now)};
 	bool		isnull;
 	TimestampTz due = 0;
+	TimestampTz callbacks;
 
 	if (payoutq_execute(&future, values, NULL, SPI_OK_SELECT) == 1)
 		due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 
-	if (payoutq_callbacks_due() != 0 && (due == 0 || payoutq_callbacks_due() < due))
-		due = Max(payoutq_callbacks_due(), now);
+	callbacks = payoutq_callbacks_due();
+	if (callbacks != 0 && (due == 0 || callbacks < due))
+		due = Max(callbacks, now);
 	if (now < payoutq_adopt_due() && (due == 0 || payoutq_adopt_due() < due))
 		due = payoutq_adopt_due();
 

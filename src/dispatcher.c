@@ -27,9 +27,11 @@
 
 #include "provider.h"
 
-#define MAX_PROVIDERS	32
 #define POLL_MS			10
 #define RATE_LIMIT_NAP_MS	20
+
+/* As long as a provider may ask for */
+#define MAX_PAUSE_S			60
 
 /* Lookups are rare, and nobody waits for them. */
 #define LOOKUP_MS		200
@@ -37,14 +39,20 @@
 /* Beyond the time-out of a call, so that only a dead process loses its lease. */
 #define LEASE_MARGIN_MS	60000
 
-static Provider *providers[MAX_PROVIDERS];
-static int	provider_count = 0;
+/*
+ * An answer waits for a lock for a moment only, because all others wait with it,
+ * and is recorded again later; at last half the margin is left to do so.
+ */
+#define RECORD_LOCK_TIMEOUT	"100ms"
+#define RECORD_AGAIN_MS		500
+
+static List *providers = NIL;
 static TimestampTz providers_loaded_at = 0;
 
-static List *answered = NIL;	/* calls to be recorded */
-static List *claimed = NIL;		/* calls to be made */
-static char *busy[PAYOUTQ_MAX_CALLS];	/* destinations of the calls under way */
-static int	busy_count = 0;
+/* Calls that are claimed but not made, under way, and to be recorded. */
+static List *claimed = NIL;
+static List *under_way = NIL;
+static List *answered = NIL;
 
 static MemoryContext call_context = NULL;
 static bool rate_limited = false;
@@ -60,12 +68,15 @@ static int	claim_sends(Provider *provider, int count);
 static int	claim_confirmations(Provider *provider, int count);
 static int	claim_lookups(Provider *provider, int count);
 static int	allowed_calls(Provider *provider, TimestampTz now);
-static Call *new_call(Provider *provider, bool is_confirmation, int row);
+static bool is_open(const Provider *provider, bool asks, TimestampTz now);
+static ArrayType *busy_destinations(const Provider *provider);
+static Call *new_call(Provider *provider, CallPurpose purpose, int row);
 static void start_calls(void);
 static void collect(void);
-static void record_safely(Call *call);
-static char *try_to_record(Call *call);
+static bool record_safely(Call *call);
+static ErrorData *try_to_record(Call *call);
 static void record(Call *call);
+static void slow_down(Provider *provider, const Call *call);
 static void end_call(Call *call);
 
 /* For the resident: a dispatcher is wanted when something is due. */
@@ -110,12 +121,14 @@ payoutq_dispatch(long *nap)
 	payoutq_http_wait(POLL_MS);
 	collect();
 
-	if (busy_now || answered != NIL || payoutq_http_calls() > 0)
+	if (busy_now || payoutq_http_calls() > 0)
 	{
 		*nap = 0;
 		return true;
 	}
-	if (due == 0)
+	if (answered != NIL)
+		*nap = RATE_LIMIT_NAP_MS;
+	else if (due == 0)
 		*nap = -1;
 	else if (due > now)
 		*nap = Min(payoutq_send_interval, TimestampDifferenceMilliseconds(now, due) + 1);
@@ -137,6 +150,8 @@ turn(TimestampTz now, TimestampTz *due)
 	static bool armed = false;
 	uint64		newest = payoutq_wake_generation(MyDatabaseId);
 	int			calls = 0;
+	List	   *recorded = NIL;
+	MemoryContext caller;
 	ListCell   *cell;
 	bool		isnull;
 
@@ -152,10 +167,16 @@ turn(TimestampTz now, TimestampTz *due)
 		proc_exit(0);
 	SPI_connect();
 	pgstat_report_activity(STATE_RUNNING, "payoutq: dispatching");
+	payoutq_set_local("lock_timeout", RECORD_LOCK_TIMEOUT);
 
 	foreach(cell, answered)
-		record_safely(lfirst(cell));
-	if (provider_count == 0 || TimestampDifferenceExceeds(providers_loaded_at, now, payoutq_send_interval))
+	{
+		Call	   *call = lfirst(cell);
+
+		if (call->record_at <= now && record_safely(call))
+			recorded = lappend(recorded, call);
+	}
+	if (providers == NIL || TimestampDifferenceExceeds(providers_loaded_at, now, payoutq_send_interval))
 	{
 		load_providers();
 		armed = sending_is_armed();
@@ -172,59 +193,82 @@ turn(TimestampTz now, TimestampTz *due)
 		next_claim = TimestampTzPlusMilliseconds(now, 100);
 	}
 
+	/* In a context that outlives the transaction */
+	caller = MemoryContextSwitchTo(call_context);
+	recorded = list_copy(recorded);
+	MemoryContextSwitchTo(caller);
 	SPI_finish();
 	PopActiveSnapshot();
 	CommitTransactionCommand();
 	pgstat_report_stat(false);
 	pgstat_report_activity(STATE_IDLE, NULL);
 
-	foreach(cell, answered)
+	foreach(cell, recorded)
+	{
+		answered = list_delete_ptr(answered, lfirst(cell));
 		end_call(lfirst(cell));
-	list_free(answered);
-	answered = NIL;
+	}
+	list_free(recorded);
 	return calls > 0;
 }
 
-/* Structs stay where they are: calls under way point to them. */
+/* Structs stay where they are while calls under way point to them. */
 static void
 load_providers(void)
 {
 	static EngineStatement load = {
-		"SELECT name, options, open_until FROM payoutq.sending_providers()", 0, {0}
+		"SELECT name, options, open_until, sends_only FROM payoutq.sending_providers()", 0, {0}
 	};
 	int			count = payoutq_execute(&load, NULL, NULL, SPI_OK_SELECT);
+	MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
+	ListCell   *cell;
 
-	for (int i = 0; i < provider_count; i++)
-		providers[i]->gone = true;
+	foreach(cell, providers)
+		((Provider *) lfirst(cell))->gone = true;
 	for (int i = 0; i < count; i++)
 	{
-		Provider   *provider = find_provider(payoutq_result_cstring(i, 1));
+		char	   *name = payoutq_result_cstring(i, 1);
+		Provider   *provider = find_provider(name);
 		bool		isnull;
 
 		if (provider == NULL)
 		{
-			if (provider_count == MAX_PROVIDERS)
-				break;
-			provider = MemoryContextAllocZero(TopMemoryContext, sizeof(Provider));
-			provider->name = MemoryContextStrdup(TopMemoryContext, payoutq_result_cstring(i, 1));
+			provider = palloc0(sizeof(Provider));
+			provider->name = pstrdup(name);
 			provider->tokens = 1;
 			provider->filled_at = GetCurrentTimestamp();
-			providers[provider_count++] = provider;
+			providers = lappend(providers, provider);
 		}
+		pfree(name);
 		provider->gone = false;
 		payoutq_configure_provider(provider, payoutq_result(i, 2, &isnull));
 		provider->open_until = DatumGetTimestampTz(payoutq_result(i, 3, &isnull));
 		if (isnull)
 			provider->open_until = 0;
+		provider->asks_when_open = DatumGetBool(payoutq_result(i, 4, &isnull));
 	}
+	foreach(cell, providers)
+	{
+		Provider   *provider = lfirst(cell);
+
+		if (!provider->gone || provider->sending + provider->asking > 0)
+			continue;
+		providers = foreach_delete_current(providers, cell);
+		MemoryContextDelete(provider->options);
+		pfree(provider->name);
+		pfree(provider);
+	}
+	MemoryContextSwitchTo(caller);
 }
 
 static Provider *
 find_provider(const char *name)
 {
-	for (int i = 0; i < provider_count; i++)
-		if (strcmp(providers[i]->name, name) == 0)
-			return providers[i];
+	ListCell   *cell;
+
+	foreach(cell, providers)
+		if (strcmp(((Provider *) lfirst(cell))->name, name) == 0)
+			return lfirst(cell);
 	return NULL;
 }
 
@@ -245,32 +289,43 @@ static int
 claim_calls(TimestampTz now)
 {
 	int			calls = 0;
+	ListCell   *cell;
 
 	rate_limited = false;
-	for (int i = 0; i < provider_count; i++)
+	foreach(cell, providers)
 	{
-		Provider   *provider = providers[i];
-		int			allowed = allowed_calls(provider, now);
+		Provider   *provider = lfirst(cell);
+		int			allowed;
 
-		if (!provider->gone && !provider->problem && allowed == 0)
-			rate_limited = true;
-		if (provider->gone || allowed == 0)
+		if (provider->gone)
 			continue;
 		if (provider->problem)
 		{
 			payoutq_worker_error(provider->problem);
 			continue;
 		}
+		allowed = allowed_calls(provider, now);
+		rate_limited |= allowed == 0;
+
 		/* In turns, so that neither waits for the other at the rate limit. */
-		provider->confirm_first = !provider->confirm_first;
+		if (allowed > 0)
+			provider->ask_first = !provider->ask_first;
 		for (int turn = 0; turn < 2 && allowed > 0; turn++)
 		{
-			bool		confirm = (turn == 0) == provider->confirm_first;
-			int			claimed_now = confirm ?
-				claim_questions(provider, Min(allowed, payoutq_confirm_batch - provider->confirming), now) :
-				now < provider->open_until ? 0 :
-				claim_sends(provider, Min(allowed, payoutq_send_concurrency - provider->sending));
+			bool		asks = (turn == 0) == provider->ask_first;
+			int			room = payoutq_http_capacity() - list_length(under_way) -
+				list_length(answered) - list_length(claimed);
+			int			claimed_now = 0;
 
+			if (is_open(provider, asks, now))
+				continue;
+			if (asks)
+				room = Min(room, payoutq_confirm_batch - provider->asking);
+			else
+				room = Min(room, payoutq_send_concurrency - provider->sending);
+			room = Min(room, allowed);
+			if (room > 0)
+				claimed_now = asks ? claim_questions(provider, room, now) : claim_sends(provider, room);
 			allowed -= claimed_now;
 			provider->tokens -= claimed_now;
 			calls += claimed_now;
@@ -279,22 +334,25 @@ claim_calls(TimestampTz now)
 	return calls;
 }
 
+/* Is its circuit open, so that nobody is called? */
+static bool
+is_open(const Provider *provider, bool asks, TimestampTz now)
+{
+	return now < provider->open_until && !(asks && provider->asks_when_open);
+}
+
 /* About what was sent, and about what nobody knows of. */
 static int
 claim_questions(Provider *provider, int count, TimestampTz now)
 {
 	int			calls = 0;
 
-	count = Min(count, PAYOUTQ_MAX_CALLS - payoutq_http_calls() - list_length(claimed));
-	if (count <= 0)
-		return 0;
 	if (provider->kind->can_confirm(provider))
 		calls = claim_confirmations(provider, count);
-	if (calls < count && provider->kind->lookup &&
-		TimestampDifferenceExceeds(provider->looked_up_at, now, LOOKUP_MS))
+	if (calls < count && TimestampDifferenceExceeds(provider->looked_up_at, now, LOOKUP_MS))
 	{
 		provider->looked_up_at = now;
-		calls += claim_lookups(provider, count - calls);
+		calls += claim_lookups(provider, provider->kind->lookup ? count - calls : 0);
 	}
 	return calls;
 }
@@ -308,40 +366,32 @@ allowed_calls(Provider *provider, TimestampTz now)
 	provider->tokens += provider->rate_limit * ((now - provider->filled_at) / 1000000.0);
 	provider->tokens = Min(provider->tokens, capacity);
 	provider->filled_at = now;
-	return (int) provider->tokens;
+	return Max(0, (int) provider->tokens);
 }
 
 /* Each destination has one call under way at a time. */
 static int
 claim_sends(Provider *provider, int count)
 {
-	int			room = PAYOUTQ_MAX_CALLS - busy_count - list_length(claimed);
-
 	static EngineStatement claim = {
 		"SELECT transfer_id, attempt_token::text, attempt, idempotency_key, user_id, destination, amount, currency,"
 		"       job_id, entry"
 		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4, $5)",
 		5, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID}
 	};
-	Datum		destinations[PAYOUTQ_MAX_CALLS];
 	Datum		values[5];
 	int			rows;
 
-	count = Min(count, room);
-	if (count <= 0)
-		return 0;
-	for (int i = 0; i < busy_count; i++)
-		destinations[i] = CStringGetTextDatum(busy[i]);
 	values[0] = CStringGetTextDatum(provider->name);
 	values[1] = Int32GetDatum(count);
 	values[2] = Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0);
-	values[3] = PointerGetDatum(construct_array(destinations, busy_count, TEXTOID, -1, false, TYPALIGN_INT));
+	values[3] = PointerGetDatum(busy_destinations(provider));
 	values[4] = BoolGetDatum(provider->kind->lookup != NULL);
 
 	rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
 	for (int i = 0; i < rows; i++)
 	{
-		Call	   *call = new_call(provider, false, i);
+		Call	   *call = new_call(provider, CALL_SEND, i);
 		MemoryContext caller = MemoryContextSwitchTo(call->context);
 
 		call->token = payoutq_result_cstring(i, 2);
@@ -358,6 +408,28 @@ claim_sends(Provider *provider, int count)
 	return rows;
 }
 
+static ArrayType *
+busy_destinations(const Provider *provider)
+{
+	List	   *calls[] = {under_way, answered, claimed};
+	Datum	   *destinations = palloc(Max(1, provider->sending) * sizeof(Datum));
+	int			count = 0;
+
+	for (int i = 0; i < lengthof(calls); i++)
+	{
+		ListCell   *cell;
+
+		foreach(cell, calls[i])
+		{
+			Call	   *call = lfirst(cell);
+
+			if (call->provider == provider && call->purpose == CALL_SEND)
+				destinations[count++] = CStringGetTextDatum(call->destination);
+		}
+	}
+	return construct_array(destinations, count, TEXTOID, -1, false, TYPALIGN_INT);
+}
+
 static int
 claim_confirmations(Provider *provider, int count)
 {
@@ -372,7 +444,7 @@ claim_confirmations(Provider *provider, int count)
 
 	for (int i = 0; i < rows; i++)
 	{
-		Call	   *call = new_call(provider, true, i);
+		Call	   *call = new_call(provider, CALL_CONFIRM, i);
 		MemoryContext caller = MemoryContextSwitchTo(call->context);
 
 		call->reference = payoutq_result_cstring(i, 2);
@@ -384,7 +456,10 @@ claim_confirmations(Provider *provider, int count)
 	return rows;
 }
 
-/* Of those of which nobody knows, and which would not answer otherwise again. */
+/*
+ * Of those of which nobody knows, and which would not answer otherwise again.
+ * Those whose lease has lapsed are seen to also if the provider cannot be asked.
+ */
 static int
 claim_lookups(Provider *provider, int count)
 {
@@ -399,10 +474,9 @@ claim_lookups(Provider *provider, int count)
 
 	for (int i = 0; i < rows; i++)
 	{
-		Call	   *call = new_call(provider, false, i);
+		Call	   *call = new_call(provider, CALL_LOOKUP, i);
 		MemoryContext caller = MemoryContextSwitchTo(call->context);
 
-		call->is_lookup = true;
 		call->idempotency_key = payoutq_result_cstring(i, 2);
 		call->destination = payoutq_result_cstring(i, 3);
 		call->amount = payoutq_result_int64(i, 4);
@@ -415,19 +489,23 @@ claim_lookups(Provider *provider, int count)
 
 /* It is made when the claim has been committed. */
 static Call *
-new_call(Provider *provider, bool is_confirmation, int row)
+new_call(Provider *provider, CallPurpose purpose, int row)
 {
 	MemoryContext context = AllocSetContextCreate(call_context, "payoutq call", ALLOCSET_SMALL_SIZES);
-	MemoryContext caller;
+	MemoryContext caller = MemoryContextSwitchTo(call_context);
 	Call	   *call = MemoryContextAllocZero(context, sizeof(Call));
 
 	call->context = context;
 	call->provider = provider;
-	call->is_confirmation = is_confirmation;
+	call->purpose = purpose;
 	call->origin = key_origin;
+	call->lease_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), provider->timeout_ms + LEASE_MARGIN_MS);
 	call->transfer_id = payoutq_result_int64(row, 1);
-	caller = MemoryContextSwitchTo(TopMemoryContext);
 	claimed = lappend(claimed, call);
+	if (purpose == CALL_SEND)
+		provider->sending++;
+	else
+		provider->asking++;
 	MemoryContextSwitchTo(caller);
 	return call;
 }
@@ -435,81 +513,93 @@ new_call(Provider *provider, bool is_confirmation, int row)
 static void
 start_calls(void)
 {
+	MemoryContext caller = MemoryContextSwitchTo(call_context);
 	ListCell   *cell;
 
 	foreach(cell, claimed)
 	{
 		Call	   *call = lfirst(cell);
-		MemoryContext caller = MemoryContextSwitchTo(call->context);
+		const ProviderKind *kind = call->provider->kind;
 
-		if (call->is_confirmation || call->is_lookup)
+		MemoryContextSwitchTo(call->context);
+		switch (call->purpose)
 		{
-			if (call->is_lookup)
-				call->provider->kind->lookup(call);
-			else
-				call->provider->kind->confirm(call);
-			call->provider->confirming++;
-		}
-		else
-		{
-			call->provider->kind->send(call);
-			call->provider->sending++;
-			busy[busy_count++] = call->destination;
+			case CALL_SEND:
+				kind->send(call);
+				break;
+			case CALL_CONFIRM:
+				kind->confirm(call);
+				break;
+			case CALL_LOOKUP:
+				kind->lookup(call);
+				break;
 		}
 		payoutq_http_start(call);
-		MemoryContextSwitchTo(caller);
 	}
+	MemoryContextSwitchTo(call_context);
+	under_way = list_concat(under_way, claimed);
 	list_free(claimed);
 	claimed = NIL;
+	MemoryContextSwitchTo(caller);
 }
 
 static void
 collect(void)
 {
-	MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
+	MemoryContext caller = MemoryContextSwitchTo(call_context);
 	Call	   *call;
 
 	while ((call = payoutq_http_done()) != NULL)
 	{
-		if (call->is_lookup && call->cursor)
+		if (call->purpose == CALL_LOOKUP && call->cursor)
 		{
 			MemoryContextSwitchTo(call->context);
 			payoutq_http_again(call);
-			MemoryContextSwitchTo(TopMemoryContext);
+			MemoryContextSwitchTo(call_context);
 			continue;
 		}
+		under_way = list_delete_ptr(under_way, call);
 		answered = lappend(answered, call);
 	}
 	MemoryContextSwitchTo(caller);
 }
 
 /*
- * An answer that cannot be recorded must not stand in the way of the others.
- * What it was is not known then.
+ * Returns true if there is nothing left to do for the call.  An answer that
+ * meets a lock is recorded later; of one that cannot be recorded it is not
+ * known what it was.  Questions are simply asked again.
  */
-static void
+static bool
 record_safely(Call *call)
 {
-	char	   *problem = try_to_record(call);
+	TimestampTz now = GetCurrentTimestamp();
+	ErrorData  *error = try_to_record(call);
 
-	if (problem == NULL)
-		return;
+	if (error == NULL || call->purpose != CALL_SEND)
+		return true;
+	if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT &&
+		TimestampTzPlusMilliseconds(now, LEASE_MARGIN_MS / 2) < call->lease_until)
+	{
+		call->record_at = TimestampTzPlusMilliseconds(now, RECORD_AGAIN_MS);
+		return false;
+	}
 	ereport(WARNING,
 			(errmsg("could not record the answer to transfer " INT64_FORMAT ": %s",
-					call->transfer_id, problem)));
+					call->transfer_id, error->message)));
 	call->outcome = CALL_UNKNOWN;
 	call->reference = NULL;
-	call->reason = psprintf("the answer could not be recorded: %s", problem);
+	call->reason = psprintf("the answer could not be recorded: %s", error->message);
 	(void) try_to_record(call);
+	return true;
 }
 
 /* Returns what is wrong with it, or NULL. */
-static char *
+static ErrorData *
 try_to_record(Call *call)
 {
 	MemoryContext context = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	char	   *volatile problem = NULL;
+	ErrorData  *volatile problem = NULL;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(context);
@@ -522,11 +612,9 @@ try_to_record(Call *call)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error = payoutq_catch(context, owner);
-
-		if (payoutq_is_interrupt(error))
-			ReThrowError(error);
-		problem = error->message;
+		problem = payoutq_catch(context, owner);
+		if (payoutq_is_interrupt(problem))
+			ReThrowError(problem);
 	}
 	PG_END_TRY();
 	return problem;
@@ -544,21 +632,22 @@ record(Call *call)
 		"SELECT payoutq.record_confirmation($1, $2, $3)", 3, {INT8OID, TEXTOID, TEXTOID}
 	};
 	static EngineStatement lookup = {
-		"SELECT payoutq.record_lookup($1, $2, $3, $4)", 4, {INT8OID, TEXTOID, TEXTOID, TEXTOID}
+		"SELECT payoutq.record_lookup($1, $2, $3, $4, $5)", 5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 	};
 	Datum		reason = call->reason ? CStringGetTextDatum(call->reason) : (Datum) 0;
 	char		nulls[] = "       ";
 
-	if (call->is_lookup)
+	if (call->purpose == CALL_LOOKUP)
 	{
 		Datum		values[] = {Int64GetDatum(call->transfer_id), CStringGetTextDatum(call->idempotency_key),
 			CStringGetTextDatum(outcomes[call->outcome]),
-			call->reference ? CStringGetTextDatum(call->reference) : (Datum) 0};
+			call->reference ? CStringGetTextDatum(call->reference) : (Datum) 0, reason};
 
 		nulls[3] = call->reference ? ' ' : 'n';
+		nulls[4] = call->reason ? ' ' : 'n';
 		(void) payoutq_execute(&lookup, values, nulls, SPI_OK_SELECT);
 	}
-	else if (call->is_confirmation)
+	else if (call->purpose == CALL_CONFIRM)
 	{
 		Datum		values[] = {Int64GetDatum(call->transfer_id),
 			CStringGetTextDatum(outcomes[call->outcome]), reason};
@@ -583,23 +672,26 @@ record(Call *call)
 		providers_loaded_at = 0;	/* its circuit is open now */
 	if (call->outcome != CALL_COMPLETED && call->outcome != CALL_SENT && call->reason)
 		payoutq_worker_error(call->reason);
-	payoutq_worker_count(call->is_confirmation || call->is_lookup ? 0 : 1);
+	if (call->outcome == CALL_THROTTLED)
+		slow_down(call->provider, call);
+	payoutq_worker_count(call->purpose == CALL_SEND ? 1 : 0);
+}
+
+/* The limit is on all calls, so all of them wait as long as it says. */
+static void
+slow_down(Provider *provider, const Call *call)
+{
+	int			seconds = Min(Max(call->retry_after, 1), MAX_PAUSE_S);
+
+	provider->tokens = Min(provider->tokens, -provider->rate_limit * (double) seconds);
 }
 
 static void
 end_call(Call *call)
 {
-	if (call->is_confirmation || call->is_lookup)
-		call->provider->confirming--;
-	else
-	{
+	if (call->purpose == CALL_SEND)
 		call->provider->sending--;
-		for (int i = 0; i < busy_count; i++)
-			if (busy[i] == call->destination)
-			{
-				busy[i] = busy[--busy_count];
-				break;
-			}
-	}
+	else
+		call->provider->asking--;
 	payoutq_http_free(call);
 }

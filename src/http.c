@@ -10,12 +10,13 @@
 
 #include "libpq/pqsignal.h"
 #include "mb/pg_wchar.h"
+#include "storage/fd.h"
 #include "utils/memutils.h"
 
 #include "provider.h"
 
 #define CONNECT_TIMEOUT_MS	10000
-#define MAX_RETRY_AFTER_S	3600
+#define MAX_RETRY_AFTER_S	INT64CONST(3600)
 
 static CURLM *multi = NULL;
 static int	calls = 0;
@@ -24,6 +25,8 @@ static void begin(void);
 static void block_signals(sigset_t *before);
 static size_t write_answer(char *data, size_t size, size_t count, void *arg);
 static void classify(Call *call);
+static void read_answer(Call *call);
+static bool is_text(const char *answer, int length);
 static void end_handle(Call *call);
 
 static void
@@ -35,7 +38,14 @@ begin(void)
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("could not initialize libcurl")));
-	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) PAYOUTQ_MAX_CALLS);
+	curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) payoutq_http_capacity());
+}
+
+/* Calls at once: the server's own files must not run out of descriptors. */
+int
+payoutq_http_capacity(void)
+{
+	return Min(PAYOUTQ_MAX_CALLS, max_safe_fds / 3);
 }
 
 static void
@@ -86,6 +96,7 @@ payoutq_http_start(Call *call)
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("could not start a call with libcurl")));
+	ReserveExternalFD();
 	calls++;
 }
 
@@ -95,11 +106,18 @@ write_answer(char *data, size_t size, size_t count, void *arg)
 	Call	   *call = arg;
 	size_t		length = size * count;
 
+	char	   *grown;
+
 	if (call->length + length > MAX_ANSWER)
 	{
 		call->too_long = true;
 		return 0;
 	}
+	/* palloc() could throw through libcurl. */
+	grown = realloc(call->answer, call->length + length + 1);
+	if (grown == NULL)
+		return 0;
+	call->answer = grown;
 	memcpy(call->answer + call->length, data, length);
 	call->length += length;
 	call->answer[call->length] = '\0';
@@ -128,8 +146,6 @@ void
 payoutq_http_again(Call *call)
 {
 	end_handle(call);
-	call->length = 0;
-	call->too_long = false;
 	call->provider->kind->lookup(call);
 	payoutq_http_start(call);
 }
@@ -173,17 +189,13 @@ classify(Call *call)
 	call->cursor = NULL;
 	if (call->code == CURLE_OK)
 	{
-		char	   *seconds = payoutq_http_answer_header(call, "Retry-After");
+		curl_off_t	seconds = 0;
 
-		if (seconds && strspn(seconds, "0123456789") == strlen(seconds))
-			call->retry_after = Min(atoi(seconds), MAX_RETRY_AFTER_S);
-		if (pg_verifymbstr(call->answer, call->length, true))
-			call->provider->kind->read_answer(call);
-		else
-		{
-			call->outcome = CALL_UNKNOWN;
-			call->reason = pstrdup("the answer is not text in the encoding of the database");
-		}
+		/* In seconds or as a date; 0 if it is not said. */
+		curl_easy_getinfo(call->handle, CURLINFO_RETRY_AFTER, &seconds);
+		if (seconds > 0)
+			call->retry_after = (int) Min(seconds, MAX_RETRY_AFTER_S);
+		read_answer(call);
 	}
 	else
 	{
@@ -192,7 +204,44 @@ classify(Call *call)
 		call->reason = call->too_long ? psprintf("the answer is longer than %d bytes", MAX_ANSWER) :
 			pstrdup(curl_easy_strerror(call->code));
 	}
+	if (call->reason && strlen(call->reason) > MAX_REASON)
+		call->reason[pg_mbcliplen(call->reason, strlen(call->reason), MAX_REASON)] = '\0';
 	MemoryContextSwitchTo(caller);
+}
+
+static void
+read_answer(Call *call)
+{
+	const char *answer = call->answer ? call->answer : "";
+
+	call->json = NULL;
+	if (!is_text(answer, call->length))
+	{
+		call->outcome = CALL_UNKNOWN;
+		call->reason = pstrdup("the answer is not text in the encoding of the database");
+		return;
+	}
+	call->json = payoutq_parse_json(answer, call->length);
+	call->provider->kind->read_answer(call);
+	if (call->purpose != CALL_CONFIRM && call->reference &&
+		(call->reference[0] == '\0' || strlen(call->reference) > MAX_REFERENCE))
+	{
+		call->outcome = CALL_UNKNOWN;
+		call->reason = psprintf("the reference in the answer does not have 1 to %d bytes", MAX_REFERENCE);
+		call->reference = NULL;
+	}
+}
+
+/* UTF-8 is what providers speak; of other encodings only ASCII is the same. */
+static bool
+is_text(const char *answer, int length)
+{
+	if (GetDatabaseEncoding() == PG_UTF8)
+		return pg_verifymbstr(answer, length, true);
+	for (int i = 0; i < length; i++)
+		if (IS_HIGHBIT_SET(answer[i]))
+			return false;
+	return true;
 }
 
 int
@@ -218,11 +267,16 @@ end_handle(Call *call)
 	{
 		curl_multi_remove_handle(multi, call->handle);
 		curl_easy_cleanup(call->handle);
+		ReleaseExternalFD();
 	}
 	curl_slist_free_all(call->headers);
 	sigprocmask(SIG_SETMASK, &before, NULL);
+	free(call->answer);
 	call->handle = NULL;
 	call->headers = NULL;
+	call->answer = NULL;
+	call->length = 0;
+	call->too_long = false;
 }
 
 void

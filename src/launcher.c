@@ -57,7 +57,7 @@ static void ask_for_room(void);
 static void look_after_parked(void);
 static void look_at(const DatabaseSlot *database, DatabaseSlot *copy,
 					int *residents, int *helpers);
-static bool keep_dispatcher(DatabaseSlot *database, TimestampTz now);
+static bool keep_dispatcher(DatabaseSlot *database, TimestampTz now, long *nap);
 static bool start_worker(Oid database, bool resident, bool dispatcher, TimestampTz now);
 static void init_worker(BackgroundWorker *worker, Oid database, int slot,
 						TimestampTz started);
@@ -236,7 +236,7 @@ keep_workers(void)
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
 		room = keep_resident(&payoutq_shared->databases[i], false, now, &nap);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
-		room = keep_dispatcher(&payoutq_shared->databases[i], now) &&
+		room = keep_dispatcher(&payoutq_shared->databases[i], now, &nap) &&
 			keep_helpers(&payoutq_shared->databases[i], now);
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES && room; i++)
 		room = keep_resident(&payoutq_shared->databases[i], true, now, &nap);
@@ -344,7 +344,7 @@ keep_helpers(DatabaseSlot *database, TimestampTz now)
 
 /* One of its own for each database that has something to send. */
 static bool
-keep_dispatcher(DatabaseSlot *database, TimestampTz now)
+keep_dispatcher(DatabaseSlot *database, TimestampTz now, long *nap)
 {
 	DatabaseSlot copy;
 	bool		is_there;
@@ -353,8 +353,13 @@ keep_dispatcher(DatabaseSlot *database, TimestampTz now)
 	copy = *database;
 	is_there = payoutq_has_dispatcher(copy.database);
 	LWLockRelease(payoutq_shared->lock);
-	if (!copy.sends || copy.held > 0 || copy.state != DATABASE_ACTIVE || copy.start_after > now)
+	if (!copy.sends || copy.held > 0 || copy.state != DATABASE_ACTIVE)
 		return true;
+	if (copy.start_after > now)
+	{
+		*nap = Min(*nap, TimestampDifferenceMilliseconds(now, copy.start_after) + 1);
+		return true;
+	}
 
 	if (!is_there && !start_worker(copy.database, false, true, now))
 		return false;

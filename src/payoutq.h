@@ -193,7 +193,7 @@ extern void payoutq_ask_for_dispatcher(void);
 extern void payoutq_check_provider(const char *provider);
 
 /* transfer.c */
-extern uint64 payoutq_call_callbacks_again(void);
+extern void payoutq_call_callbacks(void);
 extern TimestampTz payoutq_callbacks_due(void);
 
 /* errand.c */

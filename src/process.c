@@ -141,7 +141,7 @@ refresh(int64 only_job, bool woken)
 	if (!begin_turn(&state))
 		return false;
 	payoutq_adopt_jobs();
-	(void) payoutq_call_callbacks_again();
+	payoutq_call_callbacks();
 	payoutq_refresh_jobs(only_job, woken);
 	payoutq_turn_end(&state);
 	return true;

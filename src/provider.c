@@ -24,6 +24,9 @@
 
 #define DEFAULT_RATE_LIMIT	25
 #define DEFAULT_TIMEOUT_MS	80000
+#define MIN_TIMEOUT_MS		100
+#define MAX_TIMEOUT_MS		(10 * 60 * 1000)
+#define DEFAULT_QUIET_MS	(60 * 60 * 1000)	/* as in payoutq.quiet_period() */
 #define DEFAULT_API_VERSION	"2024-06-20"
 
 /* As long as a signature of a web hook is good */
@@ -62,7 +65,7 @@ static const ProviderOption options_allowed[] = {
 static const ProviderKind *const kinds[] = {&payoutq_stripe, &payoutq_webhook};
 
 static const ProviderKind *find_kind(const char *name);
-static void check_option(const char *name, const char *value, Oid catalog, const char *kind);
+static void check_option(const char *name, const char *value, Oid catalog);
 static void check_url(const char *name, const char *value);
 static int64 interval_ms(const char *name, const char *value);
 static bool is_loopback(const char *host);
@@ -78,15 +81,21 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 	Oid			catalog = PG_GETARG_OID(1);
 	const char *kind = NULL;
 	bool		has_url = false;
+	int64		timeout_ms = DEFAULT_TIMEOUT_MS;
+	int64		quiet_ms = DEFAULT_QUIET_MS;
 	ListCell   *cell;
 
 	foreach(cell, options)
 	{
 		DefElem    *option = lfirst_node(DefElem, cell);
 
-		check_option(option->defname, defGetString(option), catalog, kind);
+		check_option(option->defname, defGetString(option), catalog);
 		if (strcmp(option->defname, "kind") == 0)
 			kind = defGetString(option);
+		else if (strcmp(option->defname, "timeout") == 0)
+			timeout_ms = interval_ms(option->defname, defGetString(option));
+		else if (strcmp(option->defname, "quiet_period") == 0)
+			quiet_ms = interval_ms(option->defname, defGetString(option));
 		has_url |= strcmp(option->defname, "base_url") == 0;
 	}
 	if (catalog != ForeignServerRelationId)
@@ -100,6 +109,15 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 				 errmsg("a provider of kind \"%s\" needs the option \"base_url\"", kind)));
+	if (timeout_ms < MIN_TIMEOUT_MS || timeout_ms > MAX_TIMEOUT_MS)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("option \"timeout\" must be from 100 milliseconds to 10 minutes")));
+	if (quiet_ms < timeout_ms)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("option \"quiet_period\" must not be shorter than \"timeout\""),
+				 errdetail("The provider may still be at a call that has timed out.")));
 	PG_RETURN_VOID();
 }
 
@@ -114,7 +132,7 @@ find_kind(const char *name)
 
 /* The value is not part of any message: it may be a secret. */
 static void
-check_option(const char *name, const char *value, Oid catalog, const char *kind)
+check_option(const char *name, const char *value, Oid catalog)
 {
 	const ProviderOption *option = NULL;
 
@@ -167,21 +185,26 @@ check_url(const char *name, const char *value)
 	CURLU	   *url = curl_url();
 	char	   *scheme = NULL;
 	char	   *host = NULL;
+	char	   *part = NULL;
 	bool		ok = url != NULL && curl_url_set(url, CURLUPART_URL, value, 0) == CURLUE_OK &&
 		curl_url_get(url, CURLUPART_SCHEME, &scheme, 0) == CURLUE_OK &&
 		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK &&
-		strpbrk(value, "@#") == NULL && value[strlen(value) - 1] != '/';
+		curl_url_get(url, CURLUPART_USER, &part, 0) == CURLUE_NO_USER &&
+		curl_url_get(url, CURLUPART_PASSWORD, &part, 0) == CURLUE_NO_PASSWORD &&
+		curl_url_get(url, CURLUPART_FRAGMENT, &part, 0) == CURLUE_NO_FRAGMENT &&
+		value[strlen(value) - 1] != '/';
 	bool		secure = ok && strcmp(scheme, "https") == 0;
 	bool		local = ok && strcmp(scheme, "http") == 0 && is_loopback(host);
 
 	curl_free(scheme);
 	curl_free(host);
+	curl_free(part);
 	curl_url_cleanup(url);
 	if (!ok)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("option \"%s\" is not a URL", name),
-				 errdetail("It must have a host, no user, and not end with a slash.")));
+				 errmsg("option \"%s\" is not a URL of a provider", name),
+				 errdetail("It must have a host, no user, password or fragment, and not end with a slash.")));
 	if (!secure && !local)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -260,7 +283,7 @@ payoutq_configure_provider(Provider *provider, Datum options)
 		else if (strcmp(name, "rate_limit") == 0)
 			provider->rate_limit = atoi(value);
 		else if (strcmp(name, "timeout") == 0)
-			provider->timeout_ms = (int) Min(interval_ms(name, value), INT_MAX);
+			provider->timeout_ms = (int) interval_ms(name, value);
 		else if (strcmp(name, "api_version") == 0)
 			provider->api_version = value;
 		else if (strcmp(name, "api_key") == 0 || strcmp(name, "webhook_secret") == 0)
@@ -295,38 +318,21 @@ payoutq_hmac_sha256(const char *secret, const char *text, int length)
 	return hex;
 }
 
-/* At the top of the answer */
-char *
-payoutq_answer_field(const Call *call, const char *name)
-{
-	return payoutq_json_text(call->answer, call->length, &name, 1);
-}
-
 /*
- * The text at the path in what should be JSON; NULL if it is not, or has nothing
- * there.  Parsing takes no lock and holds nothing, so that an error of it needs
- * no rollback.
+ * What should be JSON, or NULL if it is not.  Parsing takes no lock and holds
+ * nothing, so that an error of it needs no rollback.
  */
-char *
-payoutq_json_text(const char *json, int length, const char *const *path, int depth)
+Jsonb *
+payoutq_parse_json(const char *json, int length)
 {
 	MemoryContext context = CurrentMemoryContext;
-	char	   *volatile result = NULL;
+	Jsonb	   *volatile parsed = NULL;
 
 	if (strlen(json) != length)
 		return NULL;
 	PG_TRY();
 	{
-		Datum		value = DirectFunctionCall1(jsonb_in, CStringGetDatum(json));
-		Datum	   *keys = palloc(depth * sizeof(Datum));
-		bool		isnull;
-		Datum		found;
-
-		for (int i = 0; i < depth; i++)
-			keys[i] = CStringGetTextDatum(path[i]);
-		found = jsonb_get_element(DatumGetJsonbP(value), keys, depth, &isnull, true);
-		if (!isnull)
-			result = TextDatumGetCString(found);
+		parsed = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 	}
 	PG_CATCH();
 	{
@@ -334,7 +340,29 @@ payoutq_json_text(const char *json, int length, const char *const *path, int dep
 		FlushErrorState();
 	}
 	PG_END_TRY();
-	return result;
+	return parsed;
+}
+
+/* The text at a path of the answer; NULL: it is not JSON, or has nothing there. */
+char *
+payoutq_answer_at(const Call *call, const char *const *path, int depth)
+{
+	Datum	   *keys = palloc(depth * sizeof(Datum));
+	bool		isnull = true;
+	Datum		found = (Datum) 0;
+
+	for (int i = 0; i < depth; i++)
+		keys[i] = CStringGetTextDatum(path[i]);
+	if (call->json)
+		found = jsonb_get_element(call->json, keys, depth, &isnull, true);
+	return isnull ? NULL : TextDatumGetCString(found);
+}
+
+/* At the top of the answer */
+char *
+payoutq_answer_field(const Call *call, const char *name)
+{
+	return payoutq_answer_at(call, &name, 1);
 }
 
 /*

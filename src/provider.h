@@ -6,8 +6,12 @@
 #define PAYOUTQ_PROVIDER_H
 
 #include <curl/curl.h>
+#if LIBCURL_VERSION_NUM < 0x075500
+#error "payoutq needs libcurl 7.85 or newer"
+#endif
 
 #include "lib/stringinfo.h"
+#include "utils/jsonb.h"
 #include "payoutq.h"
 
 /* What came of a call, by what the provider said. */
@@ -17,7 +21,7 @@ typedef enum CallOutcome
 	CALL_SENT,					/* accepted, to be confirmed */
 	CALL_TRANSIENT,				/* not done: try again */
 	CALL_PERMANENT,				/* not done, and never will be */
-	CALL_UNKNOWN,				/* nobody knows: the same key again */
+	CALL_UNKNOWN,				/* nobody knows: the same key again; of a question: ask again */
 	CALL_THROTTLED,				/* not looked at: too many calls */
 	CALL_REFUSED,				/* not looked at: nobody's would be */
 	CALL_UNREACHABLE,			/* there was no connection to send it over */
@@ -25,6 +29,14 @@ typedef enum CallOutcome
 	CALL_REJECTED,				/* of a confirmation: it will not happen */
 	CALL_ABSENT					/* of a lookup: there is no such transfer */
 } CallOutcome;
+
+/* What a call is for. */
+typedef enum CallPurpose
+{
+	CALL_SEND,					/* make a transfer */
+	CALL_CONFIRM,				/* what has become of one that was sent? */
+	CALL_LOOKUP					/* what was done under a key? */
+} CallPurpose;
 
 typedef struct Provider
 {
@@ -38,24 +50,28 @@ typedef struct Provider
 	int			rate_limit;		/* calls a second */
 	int			timeout_ms;
 	TimestampTz open_until;		/* nothing is sent before; 0: at once */
+	bool		asks_when_open; /* but questions are asked */
 	const char *problem;		/* of the configuration; NULL: none */
 
 	double		tokens;			/* of the bucket that rate_limit fills */
 	TimestampTz filled_at;
 	TimestampTz looked_up_at;
-	bool		confirm_first;
-	int			sending;		/* calls under way */
-	int			confirming;
-	bool		gone;
+	bool		ask_first;		/* whose turn it is: questions or sending */
+	int			sending;		/* calls under way, or not recorded yet */
+	int			asking;
+	bool		gone;			/* from the catalog */
 } Provider;
 
 #define MAX_ANSWER	(64 * 1024)
+#define MAX_REASON	1000
+#define MAX_REFERENCE	255
 
 typedef struct Call
 {
 	Provider   *provider;
-	bool		is_confirmation;
-	bool		is_lookup;
+	CallPurpose purpose;
+	TimestampTz lease_until;	/* then it may be somebody else's */
+	TimestampTz record_at;		/* its answer is not recorded before */
 	MemoryContext context;		/* of the call and all that it points to */
 
 	/* the transfer: frozen columns, from which the request is built */
@@ -82,9 +98,10 @@ typedef struct Call
 	/* the answer */
 	CURLcode	code;
 	long		http_status;
-	char		answer[MAX_ANSWER + 1];
+	char	   *answer;			/* by malloc; NULL: none has come */
 	int			length;
 	bool		too_long;
+	Jsonb	   *json;			/* NULL: it is none */
 
 	/* what it means */
 	CallOutcome outcome;
@@ -108,10 +125,12 @@ extern const ProviderKind payoutq_webhook;
 /* provider.c */
 extern void payoutq_configure_provider(Provider *provider, Datum options);
 extern char *payoutq_hmac_sha256(const char *secret, const char *text, int length);
+extern Jsonb *payoutq_parse_json(const char *json, int length);
+extern char *payoutq_answer_at(const Call *call, const char *const *path, int depth);
 extern char *payoutq_answer_field(const Call *call, const char *name);
-extern char *payoutq_json_text(const char *json, int length, const char *const *path, int depth);
 
 /* http.c */
+extern int	payoutq_http_capacity(void);
 extern void payoutq_http_start(Call *call);
 extern void payoutq_http_wait(int milliseconds);
 extern void payoutq_http_again(Call *call);

@@ -25,6 +25,7 @@ static void read_list(Call *call);
 static void read_answer(Call *call);
 static void read_transfer(Call *call);
 static void read_error(Call *call);
+static CallOutcome read_rejection(long status, const char *type, const char *code);
 static void add_headers(Call *call);
 static char *lower(const char *text);
 
@@ -105,7 +106,7 @@ lower(const char *text)
 static void
 read_answer(Call *call)
 {
-	if (call->http_status == 200 && call->is_lookup)
+	if (call->http_status == 200 && call->purpose == CALL_LOOKUP)
 		read_list(call);
 	else if (call->http_status == 200)
 		read_transfer(call);
@@ -113,31 +114,68 @@ read_answer(Call *call)
 		read_error(call);
 }
 
-/* It is the one that we meant. */
+/* The text at a path of up to two names in a transfer, or in one of a list */
+static char *
+field(const Call *call, int element, const char *name, const char *second)
+{
+	char	   *index = psprintf("%d", element);
+	const char *const path[] = {"data", index, name, second};
+
+	return payoutq_answer_at(call, element < 0 ? path + 2 : path, (element < 0 ? 1 : 3) + (second ? 1 : 0));
+}
+
+/* It is the one that we meant, whatever its key. */
+static bool
+is_ours(const Call *call, int element)
+{
+	char	   *amount = field(call, element, "amount", NULL);
+	char	   *currency = field(call, element, "currency", NULL);
+	char	   *destination = field(call, element, "destination", NULL);
+	char	   *origin = field(call, element, "metadata", "payoutq_origin");
+
+	return amount && strcmp(amount, psprintf(INT64_FORMAT, call->amount)) == 0 &&
+		currency && pg_strcasecmp(currency, call->currency) == 0 &&
+		destination && strcmp(destination, call->destination) == 0 &&
+		origin && strcmp(origin, call->origin) == 0;
+}
+
+/* Of another installation that uses the account, whose keys are the same */
+static bool
+is_of_another(const Call *call, int element)
+{
+	char	   *origin = field(call, element, "metadata", "payoutq_origin");
+
+	return origin && strcmp(origin, call->origin) != 0;
+}
+
 static void
 read_transfer(Call *call)
 {
-	char	   *id = payoutq_answer_field(call, "id");
-	char	   *amount = payoutq_answer_field(call, "amount");
-	char	   *currency = payoutq_answer_field(call, "currency");
-	char	   *destination = payoutq_answer_field(call, "destination");
-	const char *const origin_path[] = {"metadata", "payoutq_origin"};
-	char	   *origin = payoutq_json_text(call->answer, call->length, origin_path, 2);
+	char	   *id = field(call, -1, "id", NULL);
+	char	   *reversed = field(call, -1, "reversed", NULL);
+	char	   *amount_reversed = field(call, -1, "amount_reversed", NULL);
 
-	if (id == NULL || origin == NULL || strcmp(origin, call->origin) != 0 || amount == NULL || currency == NULL || destination == NULL ||
-		strtoll(amount, NULL, 10) != call->amount || pg_strcasecmp(currency, call->currency) != 0 ||
-		strcmp(destination, call->destination) != 0)
+	call->outcome = CALL_UNKNOWN;
+	if (id == NULL || !is_ours(call, -1))
 	{
-		call->outcome = CALL_UNKNOWN;
 		call->reason = pstrdup("the answer is not the transfer that was asked for");
 		return;
 	}
-	call->reference = id;
-	call->outcome = call->is_confirmation ? CALL_COMPLETED : CALL_SENT;
-	if (call->is_confirmation && strcmp(payoutq_answer_field(call, "reversed") ? payoutq_answer_field(call, "reversed") : "", "true") == 0)
+	if (call->purpose == CALL_SEND)
+	{
+		call->reference = id;
+		call->outcome = CALL_SENT;
+	}
+	else if (reversed && strcmp(reversed, "true") == 0)
 	{
 		call->outcome = CALL_REJECTED;
 		call->reason = pstrdup("reversed at the provider");
+	}
+	else
+	{
+		call->outcome = CALL_COMPLETED;
+		if (amount_reversed && strcmp(amount_reversed, "0") != 0)
+			call->reason = psprintf("%s of it reversed at the provider", amount_reversed);
 	}
 }
 
@@ -146,50 +184,28 @@ read_list(Call *call)
 {
 	char	   *has_more = payoutq_answer_field(call, "has_more");
 	char	   *last = NULL;
+	char	   *id;
 
-	call->outcome = CALL_UNKNOWN;
-	call->reason = pstrdup("the list of transfers is not complete");
-	for (int i = 0;; i++)
+	for (int i = 0; (id = field(call, i, "id", NULL)) != NULL; i++)
 	{
-		char	   *n = psprintf("%d", i);
-		const char *const id_path[] = {"data", n, "id"};
-		const char *const key_path[] = {"data", n, "metadata", "payoutq_key"};
-		const char *const origin_path[] = {"data", n, "metadata", "payoutq_origin"};
-		const char *const amount_path[] = {"data", n, "amount"};
-		char	   *id = payoutq_json_text(call->answer, call->length, id_path, 3);
-		char	   *key = payoutq_json_text(call->answer, call->length, key_path, 4);
-		char	   *origin = payoutq_json_text(call->answer, call->length, origin_path, 4);
-		char	   *amount = payoutq_json_text(call->answer, call->length, amount_path, 3);
+		char	   *key = field(call, i, "metadata", "payoutq_key");
 
-		if (id == NULL)
-			break;
-		last = id;
-		if (key && strcmp(key, call->idempotency_key) == 0 && origin && strcmp(origin, call->origin) == 0 &&
-			amount && strtoll(amount, NULL, 10) == call->amount)
+		if (key && strcmp(key, call->idempotency_key) == 0 && !is_of_another(call, i))
 		{
-			call->reference = id;
-			call->outcome = CALL_SENT;
+			call->outcome = is_ours(call, i) ? CALL_SENT : CALL_UNKNOWN;
+			call->reference = is_ours(call, i) ? id : NULL;
+			call->reason = pstrdup("the transfer with the key is not as it was asked for");
 			return;
 		}
+		last = id;
 	}
+	call->outcome = CALL_UNKNOWN;
 	if (has_more && strcmp(has_more, "false") == 0)
 		call->outcome = CALL_ABSENT;
 	else if (has_more && last)
 		call->cursor = last;
-}
-
-/* Only what Stripe itself says is final, not what a proxy does. */
-static CallOutcome
-read_rejection(long status, const char *type, const char *code)
-{
-	/* What was done under the key was asked for with another body. */
-	if (type == NULL || (status == 404 && (code == NULL || strcmp(code, "resource_missing") != 0)) || strcmp(type, "idempotency_error") == 0)
-		return CALL_UNKNOWN;
-	if (code && strcmp(code, "balance_insufficient") == 0)
-		return CALL_UNFUNDED;
-	if (code && (strcmp(code, "livemode_mismatch") == 0 || strcmp(code, "api_key_expired") == 0))
-		return CALL_REFUSED;
-	return CALL_PERMANENT;
+	else
+		call->reason = pstrdup("the list of transfers is not complete");
 }
 
 static void
@@ -197,23 +213,25 @@ read_error(Call *call)
 {
 	const char *const type_path[] = {"error", "type"};
 	const char *const code_path[] = {"error", "code"};
-	char	   *type = payoutq_json_text(call->answer, call->length, type_path, 2);
-	char	   *code = payoutq_json_text(call->answer, call->length, code_path, 2);
+	char	   *type = payoutq_answer_at(call, type_path, 2);
+	char	   *code = payoutq_answer_at(call, code_path, 2);
+	char	   *request = payoutq_http_answer_header(call, "Request-Id");
 
-	call->reason = psprintf("HTTP %ld%s%s%s%s", call->http_status, type ? " " : "", type ? type : "",
-							code ? " " : "", code ? code : "");
+	call->reason = psprintf("HTTP %ld%s%s%s%s%s%s", call->http_status, type ? " " : "", type ? type : "",
+							code ? " " : "", code ? code : "", request ? " " : "", request ? request : "");
 	switch (call->http_status)
 	{
 		case 400:
 		case 402:
 		case 404:
-			call->outcome = read_rejection(call->http_status, type, code);
+			call->outcome = read_rejection(call->http_status, type, code ? code : "");
 			break;
 		case 401:
 		case 403:
 			call->outcome = CALL_REFUSED;
 			break;
 		case 429:
+			/* Without a reason it is about an object that is locked. */
 			call->outcome = payoutq_http_answer_header(call, "Stripe-Rate-Limited-Reason") ?
 				CALL_THROTTLED : CALL_TRANSIENT;
 			break;
@@ -221,6 +239,22 @@ read_error(Call *call)
 			/* 409: the first call with the key is still going on */
 			call->outcome = CALL_UNKNOWN;
 	}
-	if (call->is_confirmation || call->is_lookup)
-		call->outcome = call->outcome == CALL_REFUSED ? CALL_REFUSED : CALL_UNKNOWN;
+	if (call->purpose != CALL_SEND && call->outcome != CALL_REFUSED && call->outcome != CALL_THROTTLED)
+		call->outcome = CALL_UNKNOWN;
+}
+
+/* Only what Stripe itself says is final, not what a proxy does. */
+static CallOutcome
+read_rejection(long status, const char *type, const char *code)
+{
+	if (type == NULL || (status == 404 && strcmp(code, "resource_missing") != 0))
+		return status == 404 ? CALL_REFUSED : CALL_UNKNOWN;
+	/* What was done under the key was asked for with another body. */
+	if (strcmp(type, "idempotency_error") == 0)
+		return CALL_UNKNOWN;
+	if (strcmp(code, "balance_insufficient") == 0)
+		return CALL_UNFUNDED;
+	if (strcmp(code, "livemode_mismatch") == 0 || strcmp(code, "api_key_expired") == 0)
+		return CALL_REFUSED;
+	return CALL_PERMANENT;
 }

@@ -16,6 +16,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
@@ -26,13 +27,21 @@
 #include "utils/lsyscache.h"
 #include "utils/regproc.h"
 #include "utils/rel.h"
+#include "utils/resowner.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "payoutq.h"
 
-/* Callbacks that are called again in one transaction */
+/* Callbacks in one transaction */
 #define CALLBACKS_AT_ONCE	20
+
+/* There is no such job. */
+#define CALLBACK_LOCK		INT64CONST(-1)
+
+/* How long they are left to whoever is at them. */
+#define OTHERS_MS			1000
+static TimestampTz others_until = 0;
 
 typedef struct Transition
 {
@@ -43,6 +52,8 @@ typedef struct Transition
 static const Transition transitions[] = {
 	{"pending", "processing"},
 	{"pending", "failed_terminal"}, /* the job was cancelled */
+	{"pending", "sent"},		/* the original of a restored copy has sent it */
+	{"retryable", "sent"},
 	{"retryable", "processing"},
 	{"retryable", "failed_terminal"},
 	{"unknown", "processing"},
@@ -50,7 +61,7 @@ static const Transition transitions[] = {
 	{"unknown", "completed"},
 	{"unknown", "failed_terminal"},
 	{"unknown", "pending"},	/* not found at the provider: a new generation */
-	{"processing", "pending"},	/* for want of money; a new generation */
+	{"processing", "pending"},	/* the provider had no money: a new generation */
 	{"processing", "sent"},
 	{"processing", "completed"},
 	{"processing", "retryable"},
@@ -64,6 +75,7 @@ static const Transition transitions[] = {
 
 static Oid	callback_oid(const char *signature);
 static Oid	callback_owner(Oid callback);
+static void complete(int64 transfer_id);
 
 PG_FUNCTION_INFO_V1(payoutq_check_transition);
 PG_FUNCTION_INFO_V1(payout_on_confirm);
@@ -112,6 +124,7 @@ payout_on_confirm(PG_FUNCTION_ARGS)
 	if (!PG_ARGISNULL(1))
 	{
 		Oid			callback = PG_GETARG_OID(1);
+		Oid			owner = callback_owner(callback);	/* or there is none */
 		Oid		   *argtypes;
 		int			nargs;
 
@@ -122,7 +135,7 @@ payout_on_confirm(PG_FUNCTION_ARGS)
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("%s cannot be a callback", format_procedure(callback)),
 					 errdetail("It must be a permanent function with one argument of type bigint.")));
-		if (!has_privs_of_role(GetUserId(), callback_owner(callback)))
+		if (!has_privs_of_role(GetUserId(), owner))
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					 errmsg("must be owner of function %s", format_procedure(callback))));
@@ -202,19 +215,73 @@ callback_owner(Oid callback)
 }
 
 /*
- * Transfers that the provider has confirmed and whose callback has failed.
- * Called by whoever looks for work.
+ * Complete what the provider has confirmed, with the callback that a dispatcher
+ * has left to us, or that has failed.  Called by whoever looks for work.  One
+ * process at a time, so that a callback that hangs leaves the others to pay;
+ * pg_cancel_backend() makes it fail.
  */
-uint64
-payoutq_call_callbacks_again(void)
+void
+payoutq_call_callbacks(void)
 {
-	static EngineStatement again = {
-		"SELECT payoutq.call_callbacks_again($1)", 1, {INT4OID}
+	static EngineStatement due = {
+		"SELECT id FROM payoutq.transfer"
+		" WHERE status = 'sent' AND confirmed_at IS NOT NULL AND run_after <= clock_timestamp()"
+		" ORDER BY run_after LIMIT $1 FOR UPDATE SKIP LOCKED",
+		1, {INT4OID}
 	};
 	Datum		values[] = {Int32GetDatum(CALLBACKS_AT_ONCE)};
+	TimestampTz next = payoutq_callbacks_due();
+	TimestampTz now = GetCurrentTimestamp();
+	int64		ids[CALLBACKS_AT_ONCE];
+	int			count = 0;
 
-	(void) payoutq_execute(&again, values, NULL, SPI_OK_SELECT);
-	return (uint64) payoutq_result_int64(0, 1);
+	if (next == 0 || next > now)
+		return;
+	if (payoutq_lock_job(CALLBACK_LOCK, ExclusiveLock, false))
+		count = payoutq_execute(&due, values, NULL, SPI_OK_SELECT);
+	if (count == 0)
+		others_until = TimestampTzPlusMilliseconds(now, OTHERS_MS);
+	for (int i = 0; i < count; i++)
+		ids[i] = payoutq_result_int64(i, 1);
+	for (int i = 0; i < count; i++)
+		complete(ids[i]);
+}
+
+/* Whatever goes wrong with one transfer is not to stop the others, nor payouts. */
+static void
+complete(int64 transfer_id)
+{
+	static EngineStatement one = {
+		"SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t WHERE t.id = $1", 1, {INT8OID}
+	};
+	static EngineStatement postpone = {
+		"SELECT payoutq.postpone_callback($1, $2)", 2, {INT8OID, TEXTOID}
+	};
+	Datum		values[2] = {Int64GetDatum(transfer_id)};
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		(void) payoutq_execute(&one, values, NULL, SPI_OK_SELECT);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		error = payoutq_catch(context, owner);
+		if (payoutq_is_interrupt(error))
+			ReThrowError(error);
+	}
+	PG_END_TRY();
+	if (error == NULL)
+		return;
+	values[1] = CStringGetTextDatum(error->message);
+	(void) payoutq_execute(&postpone, values, NULL, SPI_OK_SELECT);
 }
 
 /* When the next of them is due; 0: there is none. */
@@ -230,5 +297,5 @@ payoutq_callbacks_due(void)
 
 	if (payoutq_execute(&next, NULL, NULL, SPI_OK_SELECT) == 0)
 		return 0;
-	return DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
+	return Max(others_until, DatumGetTimestampTz(payoutq_result(0, 1, &isnull)));
 }

@@ -4,12 +4,16 @@
  *		which moves the money by whatever rail it has.
  *
  * POST base_url, Content-Type application/json:
- *		{"transfer_id", "idempotency_key", "attempt", ...}
+ *		{"transfer_id", "job_id", "entry", "amount", "currency", "user_id",
+ *		 "destination", "idempotency_key", "origin"}
  * with Payoutq-Signature: t=<unix time>,v1=<HMAC-SHA256 of "t.body", hexadecimal>
- * and Idempotency-Key.  It answers 200 with
+ * and Idempotency-Key.  Another installation has the same keys, and another
+ * origin.  It answers 200 with
  *		{"status": "sent" | "completed" | "failed", "reference", "class", "reason"}
- * where class is transient, permanent or unknown.  With status_url, what was sent
- * is asked for again: GET status_url?reference=<reference>, with the same answer.
+ * where class is transient, permanent or unknown; failed may also come with 400
+ * or 422.  401, 403 and 404 mean that it is not set up, 429 that it wants a pause;
+ * anything else, that nobody knows.  With status_url, what was sent is asked for
+ * again: GET status_url?reference=<reference>, with the same answer.
  */
 #include "postgres.h"
 
@@ -23,7 +27,7 @@ static void build_send(Call *call);
 static bool can_confirm(const Provider *provider);
 static void build_confirm(Call *call);
 static void read_answer(Call *call);
-static void read_status(Call *call);
+static void read_status(Call *call, const char *status);
 static void sign(Call *call, const char *text);
 
 const ProviderKind payoutq_webhook = {
@@ -54,6 +58,7 @@ build_send(Call *call)
 	add_text(&body, "user_id", call->user_id);
 	add_text(&body, "destination", call->destination);
 	add_text(&body, "idempotency_key", call->idempotency_key);
+	add_text(&body, "origin", call->origin);
 	appendStringInfoChar(&body, '}');
 
 	call->url = call->provider->base_url;
@@ -88,44 +93,43 @@ sign(Call *call, const char *text)
 									   payoutq_hmac_sha256(call->provider->secret, signed_text, strlen(signed_text))));
 }
 
+/* The service's own word counts, whatever the status; a proxy has none. */
 static void
 read_answer(Call *call)
 {
+	char	   *status = payoutq_answer_field(call, "status");
+
 	call->reason = psprintf("HTTP %ld", call->http_status);
-	if (call->http_status == 200)
-		read_status(call);
-	else if (call->http_status == 401 || call->http_status == 403)
+	call->outcome = CALL_UNKNOWN;
+	if (call->http_status == 401 || call->http_status == 403 || call->http_status == 404)
 		call->outcome = CALL_REFUSED;
 	else if (call->http_status == 429)
 		call->outcome = CALL_THROTTLED;
-	else if (call->http_status == 400 || call->http_status == 404 || call->http_status == 422)
-		call->outcome = call->is_confirmation ? CALL_UNKNOWN : CALL_PERMANENT;
-	else
-		call->outcome = CALL_UNKNOWN;
+	else if (call->http_status == 200 || call->http_status == 400 || call->http_status == 422)
+		read_status(call, status ? status : "");
 }
 
 static void
-read_status(Call *call)
+read_status(Call *call, const char *status)
 {
-	char	   *status = payoutq_answer_field(call, "status");
+	bool		done = call->http_status == 200;
 	char	   *reference = payoutq_answer_field(call, "reference");
 	char	   *class = payoutq_answer_field(call, "class");
 	char	   *reason = payoutq_answer_field(call, "reason");
 
-	call->outcome = CALL_UNKNOWN;
 	if (reason)
 		call->reason = reason;
-	if (status && strcmp(status, "completed") == 0)
+	if (done && strcmp(status, "completed") == 0)
 		call->outcome = CALL_COMPLETED;
-	else if (status && strcmp(status, "sent") == 0 && (reference || call->is_confirmation))
-		call->outcome = call->is_confirmation ? CALL_UNKNOWN : CALL_SENT;
-	else if (status && strcmp(status, "failed") == 0 && call->is_confirmation)
+	else if (done && strcmp(status, "sent") == 0 && (reference || call->purpose == CALL_CONFIRM))
+		call->outcome = call->purpose == CALL_CONFIRM ? CALL_UNKNOWN : CALL_SENT;
+	else if (strcmp(status, "failed") == 0 && call->purpose == CALL_CONFIRM)
 		call->outcome = CALL_REJECTED;
-	else if (status && strcmp(status, "failed") == 0 && class)
+	else if (strcmp(status, "failed") == 0 && class)
 		call->outcome = strcmp(class, "permanent") == 0 ? CALL_PERMANENT :
 			strcmp(class, "transient") == 0 ? CALL_TRANSIENT : CALL_UNKNOWN;
 	else
 		call->reason = pstrdup("the answer says neither sent, completed nor failed");
-	if (!call->is_confirmation)
+	if (call->purpose == CALL_SEND)
 		call->reference = reference;
 }

@@ -260,9 +260,9 @@ UPDATE payoutq.transfer SET run_after = now() + interval '1 minute' WHERE user_i
 SELECT is(pg_temp.claim('claim', 2, '1 hour'), 'c1 1, c5 1', 'claim: no more than asked for, those that are due longest');
 SELECT results_eq(
     $$SELECT c.idempotency_key = 'payout:' || c.transfer_id, c.transfer_id = pg_temp.t(c.user_id), c.attempt_token IS NOT NULL, c.attempt, c.user_id,
-             c.destination, c.amount, c.currency, c.metadata FROM app.claim c ORDER BY c.user_id$$,
-    format($$VALUES (true, true, true, 1, 'c1', 'c1''s', 1::bigint, 'EUR', '{"season": 3, "reference": "claim:1", "job_id": %s, "entry": 1}'::jsonb),
-                    (true, true, true, 1, 'c5', 'c5''s', 5, 'USD', '{"reference": "claim:2", "job_id": %s, "entry": 2}')$$, :claim1, :claim2),
+             c.destination, c.amount, c.currency, c.metadata - 'origin', c.metadata ->> 'origin' = payoutq.key_origin() FROM app.claim c ORDER BY c.user_id$$,
+    format($$VALUES (true, true, true, 1, 'c1', 'c1''s', 1::bigint, 'EUR', '{"season": 3, "reference": "claim:1", "job_id": %s, "entry": 1}'::jsonb, true),
+                    (true, true, true, 1, 'c5', 'c5''s', 5, 'USD', '{"reference": "claim:2", "job_id": %s, "entry": 2}', true)$$, :claim1, :claim2),
     'a claim has all that the provider needs, and the metadata of the job');
 SELECT isnt(pg_temp.token('c1'), pg_temp.token('c5'), 'each has a token of its own');
 SELECT is((SELECT status || ' ' || attempts FROM payout_transfers WHERE user_id = 'c1'), 'processing 1', 'it is processing');
@@ -699,6 +699,10 @@ SELECT set_eq('SELECT pg_temp.moves()',
              ('retryable processing'), ('unknown processing'),
              -- the job was cancelled
              ('pending failed_terminal'), ('retryable failed_terminal'),
+             -- a copy of the database finds what the original has sent
+             ('pending sent'), ('retryable sent'),
+             -- the provider had no money: a new generation
+             ('processing pending'),
              -- found at the provider, or certainly not there
              ('unknown sent'), ('unknown completed'), ('unknown failed_terminal'), ('unknown pending'),
              -- a new generation

@@ -159,7 +159,8 @@ function create(call, body) {
       id: 'tr_' + (transfers.size + 1), object: 'transfer', amount: Number(form.amount), currency: form.currency,
       destination: form.destination, transfer_group: form.transfer_group, reversed: false,
       created: Math.floor(Date.now() / 1000),
-      metadata: { payoutq_transfer: form['metadata[payoutq_transfer]'], payoutq_key: form['metadata[payoutq_key]'] },
+      metadata: Object.fromEntries(Object.entries(form).filter(([name]) => /^metadata\[.*\]$/.test(name))
+        .map(([name, value]) => [name.slice(9, -1), value])),
       key,
     };
     transfers.set(transfer.id, transfer);

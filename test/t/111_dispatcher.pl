@@ -33,7 +33,8 @@ is($node->safe_psql('app', q{SELECT string_agg(kind || ' ' || account || ' ' || 
 my ($sent, $confirmed) = @{ ask($provider, 'GET', '/requests') };
 is("$sent->{method} $sent->{url}", 'POST /v1/transfers', 'address');
 is($sent->{body}, "amount=101&currency=eur&destination=acct_anna&transfer_group=payoutq%3A$job"
-	  . '&metadata%5Bpayoutq_transfer%5D=1&metadata%5Bpayoutq_key%5D=payout%3A1', 'form');
+	  . '&metadata%5Bpayoutq_transfer%5D=1&metadata%5Bpayoutq_key%5D=payout%3A1&metadata%5Bpayoutq_origin%5D='
+	  . $node->safe_psql('app', 'SELECT origin FROM payoutq.key_origin'), 'form');
 is_deeply({ map { $_ => $sent->{headers}{$_} } qw(content-type authorization idempotency-key stripe-version) },
 	{ 'content-type' => 'application/x-www-form-urlencoded', authorization => 'Bearer sk_test_1',
 		'idempotency-key' => 'payout:1', 'stripe-version' => '2024-04-10' }, 'headers');

@@ -92,7 +92,12 @@ my $mapping = 'CREATE USER MAPPING FOR CURRENT_USER SERVER good OPTIONS';
 foreach (
 	[ "$server (kind 'stripe', base_url 'http://api.example.com')", qr/"base_url" must begin with https/ ],
 	[ "$server (kind 'stripe', base_url 'http://127.0.0.1.example.com')", qr/must begin with https/ ],
-	[ "$server (kind 'stripe', base_url 'http://127.0.0.1\@example.com')", qr/must begin with https/ ],
+	[ "$server (kind 'stripe', base_url 'http://127.0.0.1\@example.com')", qr/is not a URL of a provider/ ],
+	[ "$server (kind 'stripe', base_url 'https://me:$secret\@example.com')", qr/is not a URL of a provider/ ],
+	[ "$server (kind 'stripe', base_url 'https://example.com/')", qr/is not a URL of a provider/ ],
+	[ "$server (kind 'stripe', base_url 'https://example.com', timeout '0')", qr/"timeout" must be from 100 milliseconds to 10 minutes/ ],
+	[ "$server (kind 'stripe', base_url 'https://example.com', timeout '11 minutes')", qr/"timeout" must be from 100 milliseconds to 10 minutes/ ],
+	[ "$server (kind 'stripe', base_url 'https://example.com', quiet_period '79 seconds')", qr/"quiet_period" must not be shorter than "timeout"/ ],
 	[ "$server (kind 'webhook', base_url 'https://example.com', status_url 'http://example.com')", qr/"status_url" must begin with https/ ],
 	[ "$server (kind 'stripe', base_url 'file:///etc/passwd')", qr/must begin with https|not a URL/ ],
 	[ "$server (kind 'stripe', base_url 'nowhere')", qr/must begin with https|not a URL/ ],

@@ -37,7 +37,8 @@ my ($request, @more) = @{ ask($provider, 'GET', '/requests') };
 is(scalar(@more), 0, 'and not asked for again');
 is_deeply(decode_json(Encode::encode_utf8($request->{body})),
 	{ transfer_id => 1, job_id => $job, entry => 1, amount => 101, currency => 'EUR', user_id => "anna \"\x{e4}\"",
-		destination => "to anna \"\x{e4}\"", idempotency_key => 'payout:1' }, 'the order');
+		destination => "to anna \"\x{e4}\"", idempotency_key => 'payout:1',
+		origin => $node->safe_psql('app', 'SELECT origin FROM payoutq.key_origin') }, 'the order');
 is("$request->{method} $request->{url} $request->{headers}{'content-type'} $request->{headers}{'idempotency-key'}",
 	'POST /pay application/json payout:1', 'address and headers');
 ok(is_signed($request, Encode::encode_utf8($request->{body})), 'signed, which the test reckons by itself');
@@ -58,7 +59,8 @@ my %rows = (
 	plain     => [ '{"status": "completed"}', 'completed 200', 'completed' ],
 	busy      => [ { status => 503 }, 'unknown 503, completed 200', 'completed' ],
 	many      => [ { status => 429, times => 4 }, 'transient 429, transient 429, transient 429, transient 429, completed 200', 'completed' ],
-	invalid   => [ { status => 422 }, 'permanent 422', 'failed_terminal' ],
+	invalid   => [ { status => 422, body => '{"status": "failed", "class": "permanent"}' }, 'permanent 422', 'failed_terminal' ],
+	proxy     => [ { status => 422, body => '<html>' }, 'unknown 422, completed 200', 'completed' ],
 );
 foreach my $name (keys %rows)
 {

@@ -18,7 +18,7 @@ my $provider = start_provider();
 create_provider($node, 'app', 'stripe', base_url => $provider->{url}, api_key => 'sk_test_1', rate_limit => 20);
 $node->safe_psql('app', q{SELECT payout_set_destination('u' || i, 'stripe', 'acct_' || i) FROM generate_series(1, 100) i});
 my $job = create_job($node, 'app', 'many', 100, args => q{provider => 'stripe'});
-ok(wait_for($node, 'app', "SELECT count(*) FILTER (WHERE status = 'pending') < 50 FROM payout_transfers"), 'half are sent');
+ok(wait_for($node, 'app', "SELECT count(*) = 100 AND count(*) FILTER (WHERE status = 'pending') < 50 FROM payout_transfers"), 'half are sent');
 cmp_ok($node->safe_psql('app', "SELECT count(*) FROM payout_transfers WHERE status = 'completed'"), '>', 0, 'some are confirmed by then');
 ok(wait_for_job($node, 'app', $job), 'the end');
 $node->stop;
