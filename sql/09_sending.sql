@@ -33,9 +33,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
       FROM payoutq.sending_providers() p,
            LATERAL (SELECT greatest(p.open_until, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
+                    HAVING min(t.run_after) IS NOT NULL
                      UNION ALL
                     SELECT greatest(CASE WHEN NOT p.sends_only THEN p.open_until END, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status = 'sent'
+                    HAVING min(t.run_after) IS NOT NULL
                      UNION ALL
                     SELECT greatest(p.open_until, min(n.push_after)) FROM payoutq.notification n
                      WHERE n.push_after IS NOT NULL AND p.name = payoutq.push_provider()
