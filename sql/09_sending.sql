@@ -288,8 +288,9 @@ BEGIN
       FROM claimed c ORDER BY c.id;
 END $$;
 
--- Only what was certainly not done is due again, with all that comes after it
--- for the same user. There is no limit to how often: it is the service that is down.
+-- Only what was certainly not done is due again, and what comes after it for the
+-- same user not before. There is no limit to how often: it is the service that is
+-- down.
 CREATE FUNCTION payoutq.record_push(notification_id bigint, attempt integer, provider text, outcome text, reason text,
                                     retry_after integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
@@ -312,8 +313,10 @@ BEGIN
             END IF;
             next_try := clock_timestamp() + coalesce(make_interval(secs => retry_after), payoutq.backoff(1));
             UPDATE payoutq.notification n SET push_after = next_try, push_error = left(reason, 1000) WHERE n.id = target.id;
-            UPDATE payoutq.notification n SET push_after = next_try
-             WHERE n.user_id = target.user_id AND n.push_after < next_try AND n.id > target.id;
+            IF retry_after > 0 THEN  -- else it is the circuit that waits
+                UPDATE payoutq.notification n SET push_after = next_try
+                 WHERE n.user_id = target.user_id AND n.push_after < next_try AND n.id > target.id;
+            END IF;
         ELSE
             UPDATE payoutq.notification n SET push_error = left(reason, 1000) WHERE n.id = target.id;
     END CASE;

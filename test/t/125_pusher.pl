@@ -164,7 +164,24 @@ notify('y' x 160);
 like(outcome('y' x 160), qr/^not pushed\|the name of its channel has 173 bytes, and Pusher takes 164$/, 'too long a name');
 is(scalar(@{ requests() }), 0, 'nothing is sent');
 
+# Of each user one is under way at a time, and others do not wait for him.
+rule($faulty, '/base/apps/3/events', hold => JSON::PP::true, %fine);
+rule($faulty, '/base/apps/3/events', times => 3, %fine);
+$node->safe_psql('app', q{
+	INSERT INTO payoutq.notification (user_id, type, title, body, urgency, created_at, push_after)
+	SELECT 'ann', 'test', 't', i::text, 'normal', now(), payoutq.push_at() FROM generate_series(1, 2) i});
+ok(wait_for($node, 'app', q{SELECT push_attempts FROM payoutq.notification WHERE user_id = 'ann' ORDER BY id DESC OFFSET 1 LIMIT 1}, 1), 'the first is under way');
+notify('bob');
+is(outcome('bob'), 'pushed|', 'another user is told');
+notify('bob');
+is(outcome('bob'), 'pushed|', 'and again');
+is($node->safe_psql('app', q{SELECT push_attempts FROM payoutq.notification WHERE user_id = 'ann' ORDER BY id DESC LIMIT 1}), 0, 'the second waits');
+usleep(10_000) until ask($faulty, 'POST', '/release') > 0;
+is(outcome('ann'), 'pushed|', 'for the answer to the first');
+is(join(' ', map { (decode_json(decode_json($_->{body})->{data}))->{body} } grep { $_->{body} =~ /user-ann/ } @{ requests() }), '1 2', 'in order');
+
 # Somebody has a lock on it when the answer comes.
+ask($faulty, 'DELETE', '/requests');
 rule($faulty, '/base/apps/3/events', hold => JSON::PP::true, %fine);
 notify('ann');
 ok(wait_for($node, 'app', q{SELECT push_attempts FROM payoutq.notification ORDER BY id DESC LIMIT 1}, 1), 'claimed');
