@@ -176,7 +176,7 @@ is(outcome('bob'), 'pushed|', 'another user is told');
 notify('bob');
 is(outcome('bob'), 'pushed|', 'and again');
 is($node->safe_psql('app', q{SELECT push_attempts FROM payoutq.notification WHERE user_id = 'ann' ORDER BY id DESC LIMIT 1}), 0, 'the second waits');
-usleep(10_000) until ask($faulty, 'POST', '/release') > 0;
+release();
 is(outcome('ann'), 'pushed|', 'for the answer to the first');
 is(join(' ', map { (decode_json(decode_json($_->{body})->{data}))->{body} } grep { $_->{body} =~ /user-ann/ } @{ requests() }), '1 2', 'in order');
 
@@ -187,7 +187,7 @@ notify('ann');
 ok(wait_for($node, 'app', q{SELECT push_attempts FROM payoutq.notification ORDER BY id DESC LIMIT 1}, 1), 'claimed');
 my $reader = $node->background_psql('app');
 $reader->query_safe(q{BEGIN; SELECT payout_mark_notification_read(max(id)) FROM payoutq.notification});
-usleep(10_000) until ask($faulty, 'POST', '/release') > 0;
+release();
 ok(wait_for($node, 'app', q{SELECT count(*) > 0 FROM pg_locks WHERE NOT granted}), 'the answer waits for a lock');
 $reader->query_safe(q{COMMIT});
 $reader->quit;
@@ -200,7 +200,7 @@ rule($faulty, '/base/apps/3/events', silent => JSON::PP::true);
 $node->safe_psql('app', q{ALTER SERVER push OPTIONS (SET timeout '1min')});
 settle();
 notify('ann');
-my $end = time() + 30;
+my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
 usleep(10_000) until @{ requests() } > 0 or time() > $end;
 crash($node, 'app', 'dispatcher', 'SELECT 1');
 rule($faulty, '/base/apps/3/events', times => 2, %fine);
@@ -274,7 +274,7 @@ sub outcome
 	my $last = "FROM payoutq.notification WHERE user_id = '$user' ORDER BY id DESC LIMIT 1";
 
 	$db //= 'app';
-	wait_for($node, $db, "SELECT push_after IS NULL AND push_error IS DISTINCT FROM 'no answer was recorded' $last", 't', 30);
+	wait_for($node, $db, "SELECT push_after IS NULL AND push_error IS DISTINCT FROM 'no answer was recorded' $last");
 	return $node->safe_psql($db, "SELECT CASE WHEN pushed_at IS NULL THEN 'not pushed' ELSE 'pushed' END, push_error $last");
 }
 
@@ -289,6 +289,21 @@ sub ids
 sub requests
 {
 	return [ grep { $_->{url} =~ m{^/base/apps} } @{ ask($faulty, 'GET', '/requests') } ];
+}
+
+# The answer that is held, once the request is there
+sub release
+{
+	my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
+	my $released = 0;
+
+	until ($released > 0 || time() > $end)
+	{
+		usleep(10_000);
+		$released = ask($faulty, 'POST', '/release');
+	}
+	is($released, 1, 'an answer is released');
+	return;
 }
 
 # Until the dispatcher has read the options of providers again
