@@ -188,7 +188,7 @@ ok(wait_for($node, 'app', q{SELECT push_attempts FROM payoutq.notification ORDER
 my $reader = $node->background_psql('app');
 $reader->query_safe(q{BEGIN; SELECT payout_mark_notification_read(max(id)) FROM payoutq.notification});
 release();
-ok(wait_for($node, 'app', q{SELECT count(*) > 0 FROM pg_locks WHERE NOT granted}), 'the answer waits for a lock');
+ok(wait_for($node, 'app', q{SELECT count(*) > 0 FROM pg_locks WHERE NOT granted}, $_), "the answer waits for a lock: $_") foreach 't', 'f', 't';
 $reader->query_safe(q{COMMIT});
 $reader->quit;
 is(outcome('ann'), 'pushed|', 'and is recorded later');
