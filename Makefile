@@ -46,6 +46,7 @@ OBJS = \
 	src/provider.o \
 	src/stripe.o \
 	src/webhook.o \
+	src/pusher.o \
 	src/transfer.o \
 	src/errand.o \
 	src/wait.o

@@ -1,4 +1,5 @@
--- Notifications: what people are told of a challenge, once each.
+-- Notifications: what people are told of a challenge, once each, and the queue of
+-- those that are to be pushed to their devices.
 
 CREATE TABLE payoutq.notification (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -12,14 +13,37 @@ CREATE TABLE payoutq.notification (
     data         jsonb,
     created_at   timestamptz NOT NULL,
     read_at      timestamptz,
-    pushed_at    timestamptz
+    pushed_at    timestamptz,
+    push_after   timestamptz,               -- null: it is not to be pushed, or no longer
+    push_attempts integer NOT NULL DEFAULT 0,
+    push_error   text
 );
 CREATE INDEX notification_user ON payoutq.notification (user_id, id);
 CREATE INDEX notification_created ON payoutq.notification USING brin (created_at);
+CREATE INDEX notification_push ON payoutq.notification (push_after, id) WHERE push_after IS NOT NULL;
+CREATE INDEX notification_push_user ON payoutq.notification (user_id, id) WHERE push_after IS NOT NULL;
+CREATE INDEX notification_push_created ON payoutq.notification (created_at) WHERE push_after IS NOT NULL;
 COMMENT ON TABLE payoutq.notification IS
 'what people are told; kept for payoutq.retention';
 SELECT pg_catalog.pg_extension_config_dump('payoutq.notification', '');
 SELECT pg_catalog.pg_extension_config_dump('payoutq.notification_id_seq', '');
+
+-- The provider that pushes: of several of the kind, the oldest.
+CREATE FUNCTION payoutq.push_provider() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT s.srvname FROM pg_foreign_server s
+      JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'payout_provider',
+           pg_options_to_table(s.srvoptions) o
+     WHERE o.option_name = 'kind' AND o.option_value = 'pusher'
+     ORDER BY s.oid LIMIT 1
+$$;
+
+-- Of a notification that is made now. Nothing is queued while nobody pushes, so
+-- that the first provider does not send out all that has happened.
+CREATE FUNCTION payoutq.push_at() RETURNS timestamptz
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN payoutq.push_provider() IS NOT NULL THEN clock_timestamp() END
+$$;
 
 -- The payload is the same for the whole transaction, so the server sends it once.
 CREATE FUNCTION payoutq.announce_notifications() RETURNS trigger
@@ -29,10 +53,13 @@ BEGIN
         PERFORM pg_notify('payoutq_notifications',
                           json_build_object('event', 'created', 'transaction_at', transaction_timestamp())::text);
     END IF;
+    IF EXISTS (SELECT FROM inserted WHERE push_after IS NOT NULL) THEN
+        PERFORM payoutq.wake();
+    END IF;
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION payoutq.announce_notifications() IS
-'notifies the channel payoutq_notifications, once a transaction: {"event": "created", "transaction_at"}';
+'notifies the channel payoutq_notifications, once a transaction: {"event": "created", "transaction_at"}; and wakes whoever pushes them';
 CREATE TRIGGER announce AFTER INSERT ON payoutq.notification REFERENCING NEW TABLE AS inserted
     FOR EACH STATEMENT EXECUTE FUNCTION payoutq.announce_notifications();
 
@@ -61,9 +88,9 @@ BEGIN
            AND payoutq.may_be_told(c, t.type, at)
         RETURNING c.*, t.type
     )
-    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, data, created_at)
+    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, data, created_at, push_after)
     SELECT DISTINCT role.user_id, told.type, message.title, format(message.body, told.title), message.urgency, told.id,
-           jsonb_build_object('due_at', told.due_at, 'status', told.status), at
+           jsonb_build_object('due_at', told.due_at, 'status', told.status), at, (SELECT payoutq.push_at())
       FROM told
       JOIN (VALUES ('challenge_ending_1_hour', 'Challenge ends within an hour', 'The challenge "%s" ends within an hour.', 'high'),
                    ('challenge_ending_10_mins', 'Challenge ends within 10 minutes', 'The challenge "%s" ends within 10 minutes.', 'critical'),
@@ -104,10 +131,10 @@ COMMENT ON FUNCTION @extschema@.payout_run_notifications(timestamptz) IS
 -- In the transaction of the batch that pays them.
 CREATE FUNCTION payoutq.tell_winners(job_id bigint, first_seq integer, last_seq integer) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, job_id, data, created_at)
+    INSERT INTO payoutq.notification (user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, push_after)
     SELECT e.user_id, 'payout_received', 'Payout received',
            format('The challenge "%s" has paid you.', c.title), 'normal', c.id, e.job_id,
-           jsonb_build_object('amount', e.amount, 'currency', c.currency), clock_timestamp()
+           jsonb_build_object('amount', e.amount, 'currency', c.currency), clock_timestamp(), (SELECT payoutq.push_at())
       FROM payoutq.challenge c
       JOIN payoutq.entry e ON e.job_id = c.job_id AND e.seq BETWEEN tell_winners.first_seq AND tell_winners.last_seq
      WHERE c.job_id = tell_winners.job_id
@@ -128,8 +155,8 @@ COMMENT ON FUNCTION @extschema@.payout_mark_notification_read(bigint) IS
 
 CREATE VIEW @extschema@.payout_notifications AS
 WITH notification AS NOT MATERIALIZED (
-    SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at
+    SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at, push_error
       FROM payoutq.notification)
-SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at FROM notification;
+SELECT id, user_id, type, title, body, urgency, challenge_id, job_id, data, created_at, read_at, pushed_at, push_error FROM notification;
 COMMENT ON VIEW @extschema@.payout_notifications IS
-'what users were told: type (challenge_ending_1_hour, challenge_ending_10_mins, challenge_pending_review, payout_received, with the amount in minor units in data), urgency (normal, high, critical); unread while read_at is null';
+'what users were told: type (challenge_ending_1_hour, challenge_ending_10_mins, challenge_pending_review, payout_received, with the amount in minor units in data), urgency (normal, high, critical); unread while read_at is null; with a provider of kind pusher: when it was pushed, or why it was not, or not yet';

@@ -141,13 +141,17 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT count(*) > 0 AND bool_and(s.origin = payoutq.origin() AND s.timeline = payoutq.timeline()) FROM payoutq.sending s
 $$;
 
+-- What is to be pushed by then, the original may have pushed already, and there
+-- is no way to find out.
 CREATE FUNCTION @extschema@.payout_arm_sending() RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+    UPDATE payoutq.notification SET push_after = NULL, push_error = 'the original may have pushed it'
+     WHERE push_after IS NOT NULL AND NOT payoutq.sending_is_armed();
     DELETE FROM payoutq.sending;
     INSERT INTO payoutq.sending VALUES (payoutq.origin(), payoutq.timeline());
 $$;
 COMMENT ON FUNCTION @extschema@.payout_arm_sending() IS
-'lets transfers be sent from here after a restore or a promotion; make sure first that the original does not send any more, and reconcile what it has sent since';
+'lets transfers be sent and notifications pushed from here after a restore or a promotion; make sure first that the original does not send any more, and reconcile what it has sent since; what was to be pushed until now will not be';
 
 CREATE FUNCTION payoutq.require_armed() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -184,11 +188,24 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
      WHERE s.srvname = provider AND o.option_name = option
 $$;
 
+-- Of a provider that makes transfers, the kind; or 22023 or 42704.
+CREATE FUNCTION payoutq.paying_kind(provider text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kind text := payoutq.provider_kind(provider);
+BEGIN
+    IF kind = 'pusher' THEN
+        RAISE EXCEPTION 'provider "%" does not make transfers', provider
+            USING ERRCODE = 'invalid_parameter_value', DETAIL = 'It is of kind pusher, which pushes notifications.';
+    END IF;
+    RETURN kind;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_set_destination(user_id text, provider text, destination text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    PERFORM payoutq.require_user_id(user_id), payoutq.provider_kind(provider);
+    PERFORM payoutq.require_user_id(user_id), payoutq.paying_kind(provider);
     IF destination = '' OR octet_length(destination) > 1000 THEN
         RAISE EXCEPTION 'destination must have 1 to 1000 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -395,7 +412,7 @@ BEGIN
     IF max_count IS NULL OR max_count <= 0 OR lease IS NULL OR lease <= interval '0' THEN
         RAISE EXCEPTION 'max_count and lease must be greater than zero' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM payoutq.provider_kind(provider), payoutq.require_armed(), payoutq.end_lapsed_leases(provider, max_count);
+    PERFORM payoutq.paying_kind(provider), payoutq.require_armed(), payoutq.end_lapsed_leases(provider, max_count);
     RETURN QUERY
     SELECT c.transfer_id, c.attempt_token, c.attempt, c.idempotency_key, c.user_id, c.destination, c.amount, c.currency,
            coalesce(j.metadata, '{}') || jsonb_build_object('job_id', j.id, 'reference', j.reference, 'entry', c.entry,

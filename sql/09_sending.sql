@@ -23,7 +23,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
       JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'payout_provider'
       LEFT JOIN pg_user_mapping m ON m.umserver = s.oid AND m.umuser = 0
       LEFT JOIN payoutq.circuit c ON c.provider = s.srvname
-     WHERE payoutq.provider_option(s.srvname, 'kind') <> 'external'
+     WHERE payoutq.provider_option(s.srvname, 'kind') NOT IN ('external', 'pusher') OR s.srvname = payoutq.push_provider()
 $$;
 
 -- When the next call to a provider is due; null: there is none.
@@ -33,9 +33,15 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = o
       FROM payoutq.sending_providers() p,
            LATERAL (SELECT greatest(p.open_until, min(t.run_after)) FROM payoutq.transfer t
                      WHERE t.provider = p.name AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
+                    HAVING min(t.run_after) IS NOT NULL
                      UNION ALL
                     SELECT greatest(CASE WHEN NOT p.sends_only THEN p.open_until END, min(t.run_after)) FROM payoutq.transfer t
-                     WHERE t.provider = p.name AND t.status = 'sent' AND t.confirmed_at IS NULL) AS d (run_after)
+                     WHERE t.provider = p.name AND t.status = 'sent' AND t.confirmed_at IS NULL
+                    HAVING min(t.run_after) IS NOT NULL
+                     UNION ALL
+                    SELECT greatest(p.open_until, min(n.push_after)) FROM payoutq.notification n
+                     WHERE n.push_after IS NOT NULL AND p.name = payoutq.push_provider()
+                    HAVING min(n.push_after) IS NOT NULL) AS d (run_after)
 $$;
 
 -- What a provider has answered to a transfer that was sent. A report that comes
@@ -258,6 +264,74 @@ CREATE FUNCTION payoutq.quiet_period(provider text) RETURNS interval
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(payoutq.provider_option(provider, 'quiet_period'), '1 hour')::interval
 $$;
+
+-- Pushes. Nobody can be asked whether a notification has arrived, so the claim,
+-- which is committed before the call, takes it out of the queue: each is pushed
+-- at most once, whatever ends on the way. Of each user in the order of ids, one
+-- at a time.
+CREATE FUNCTION payoutq.claim_pushes(max_count integer, busy text[])
+RETURNS TABLE (notification_id bigint, attempt integer, user_id text, type text, data text)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    claimed_at timestamptz := clock_timestamp();
+    too_old timestamptz := claimed_at - interval '1 day';
+BEGIN
+    UPDATE payoutq.notification n SET push_after = NULL, push_error = concat_ws(', ', 'too old', n.push_error)
+     WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.push_after IS NOT NULL AND o.created_at < too_old
+                     ORDER BY o.created_at LIMIT 10000 FOR UPDATE SKIP LOCKED);
+    RETURN QUERY
+    WITH due AS (
+        SELECT n.id FROM payoutq.notification n
+         WHERE n.push_after <= claimed_at AND n.created_at >= too_old AND n.user_id <> ALL (busy)
+           AND NOT EXISTS (SELECT FROM payoutq.notification e
+                            WHERE e.user_id = n.user_id AND e.push_after IS NOT NULL AND e.id < n.id)
+         ORDER BY n.push_after, n.id LIMIT max_count FOR UPDATE SKIP LOCKED
+    ), claimed AS (
+        UPDATE payoutq.notification n
+           SET push_after = NULL, push_attempts = n.push_attempts + 1, push_error = 'no answer was recorded'
+          FROM due WHERE n.id = due.id
+        RETURNING n.*
+    )
+    SELECT c.id, c.push_attempts, c.user_id, c.type,
+           json_build_object('id', c.id, 'type', c.type, 'title', c.title, 'body', c.body, 'urgency', c.urgency,
+                             'challenge_id', c.challenge_id, 'job_id', c.job_id, 'data', c.data, 'created_at', c.created_at)::text
+      FROM claimed c ORDER BY c.id;
+END $$;
+
+-- Only what was certainly not done is due again, and what comes after it for the
+-- same user not before. There is no limit to how often: it is the service that is
+-- down.
+CREATE FUNCTION payoutq.record_push(notification_id bigint, attempt integer, provider text, outcome text, reason text,
+                                    retry_after integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    target payoutq.notification;
+    next_try timestamptz;
+BEGIN
+    SELECT n.* INTO target FROM payoutq.notification n
+     WHERE n.id = notification_id AND n.push_attempts = attempt AND n.push_after IS NULL AND n.pushed_at IS NULL FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    CASE
+        WHEN outcome = 'completed' THEN
+            UPDATE payoutq.notification n SET pushed_at = clock_timestamp(), push_error = NULL WHERE n.id = target.id;
+            DELETE FROM payoutq.circuit c WHERE c.provider = record_push.provider;
+        WHEN outcome IN ('refused', 'unreachable', 'throttled') THEN
+            IF outcome <> 'throttled' THEN
+                PERFORM payoutq.open_circuit(provider, reason, CASE outcome WHEN 'refused' THEN interval '1 minute' ELSE interval '1 s' END, false);
+            END IF;
+            next_try := clock_timestamp() + coalesce(make_interval(secs => retry_after), payoutq.backoff(1));
+            UPDATE payoutq.notification n SET push_after = next_try, push_error = left(reason, 1000) WHERE n.id = target.id;
+            IF retry_after > 0 THEN  -- else it is the circuit that waits
+                UPDATE payoutq.notification n SET push_after = next_try
+                 WHERE n.user_id = target.user_id AND n.push_after < next_try AND n.id > target.id;
+            END IF;
+        ELSE
+            UPDATE payoutq.notification n SET push_error = left(reason, 1000) WHERE n.id = target.id;
+    END CASE;
+END $$;
 
 -- Web hooks: what a provider tells of its own accord, at least once, in any order.
 

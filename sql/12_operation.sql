@@ -72,7 +72,11 @@ SELECT c.check_name,
       FROM payoutq.transfer t WHERE t.status = 'failed_terminal' AND t.provider_reference IS NOT NULL
     UNION ALL
     SELECT 'sending_armed', payoutq.sending_is_armed()::integer, 1, 'below',
-           'transfers are sent from here; after a restore or a promotion payout_arm_sending() must be called'
+           'transfers are sent from here, and notifications pushed; after a restore or a promotion payout_arm_sending() must be called'
+    UNION ALL
+    SELECT 'unpushed_notifications', count(*), 0, 'above',
+           'notifications that wait for more than ten minutes to be pushed; look at payout_providers, and push_error in payout_notifications'
+      FROM payoutq.notification n WHERE n.push_after IS NOT NULL AND n.created_at < now() - interval '10 minutes'
     UNION ALL
     SELECT 'expired_challenges', count(*), 0, 'above',
            'challenges that are due and were never active; payout_cancel_challenge() gives their stakes back'

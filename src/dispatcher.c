@@ -1,6 +1,7 @@
 /*
  * dispatcher.c
- *		Sends transfers to their providers, and asks what has become of them.
+ *		Sends transfers to their providers, and asks what has become of them; and
+ *		pushes notifications.
  *
  * A worker of its own.  Each turn is one transaction, in which the answers that
  * have come are recorded and the next calls are claimed; then the claimed calls
@@ -8,6 +9,8 @@
  * and its answer after.  Should the process or the server die between them, the
  * lease of the claim lapses, the outcome is unknown, and the same key is used
  * again.
+ *
+ * A push has no key: its claim takes it out of the queue, and so it is lost then.
  *
  * Sending and confirming have places of their own and do not wait for each other.
  */
@@ -65,11 +68,12 @@ static bool sending_is_armed(void);
 static int	claim_calls(TimestampTz now);
 static int	claim_questions(Provider *provider, int count, TimestampTz now);
 static int	claim_sends(Provider *provider, int count);
+static int	claim_pushes(Provider *provider, int count);
 static int	claim_confirmations(Provider *provider, int count);
 static int	claim_lookups(Provider *provider, int count);
 static int	allowed_calls(Provider *provider, TimestampTz now);
 static bool is_open(const Provider *provider, bool asks, TimestampTz now);
-static ArrayType *busy_destinations(const Provider *provider);
+static ArrayType *busy_with(const Provider *provider, CallPurpose purpose);
 static Call *new_call(Provider *provider, CallPurpose purpose, int row);
 static void start_calls(void);
 static void collect(void);
@@ -173,8 +177,16 @@ turn(TimestampTz now, TimestampTz *due)
 	{
 		Call	   *call = lfirst(cell);
 
-		if (call->record_at <= now && record_safely(call))
+		if (call->record_at > now)
+			continue;
+		if (record_safely(call))
+		{
+			call->recorded = true;
 			recorded = lappend(recorded, call);
+		}
+		else
+			/* One has waited; the others only look. */
+			payoutq_set_local("lock_timeout", "1ms");
 	}
 	if (providers == NIL || TimestampDifferenceExceeds(providers_loaded_at, now, payoutq_send_interval))
 	{
@@ -317,7 +329,7 @@ claim_calls(TimestampTz now)
 				list_length(answered) - list_length(claimed);
 			int			claimed_now = 0;
 
-			if (is_open(provider, asks, now))
+			if (is_open(provider, asks, now) || (asks && provider->kind->push))
 				continue;
 			if (asks)
 				room = Min(room, payoutq_confirm_batch - provider->asking);
@@ -325,7 +337,8 @@ claim_calls(TimestampTz now)
 				room = Min(room, payoutq_send_concurrency - provider->sending);
 			room = Min(room, allowed);
 			if (room > 0)
-				claimed_now = asks ? claim_questions(provider, room, now) : claim_sends(provider, room);
+				claimed_now = asks ? claim_questions(provider, room, now) :
+					provider->kind->push ? claim_pushes(provider, room) : claim_sends(provider, room);
 			allowed -= claimed_now;
 			provider->tokens -= claimed_now;
 			calls += claimed_now;
@@ -385,7 +398,7 @@ claim_sends(Provider *provider, int count)
 	values[0] = CStringGetTextDatum(provider->name);
 	values[1] = Int32GetDatum(count);
 	values[2] = Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0);
-	values[3] = PointerGetDatum(busy_destinations(provider));
+	values[3] = PointerGetDatum(busy_with(provider, CALL_SEND));
 	values[4] = BoolGetDatum(provider->kind->lookup != NULL);
 
 	rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
@@ -408,11 +421,37 @@ claim_sends(Provider *provider, int count)
 	return rows;
 }
 
+/* Of each user in the order of their ids, one at a time. */
+static int
+claim_pushes(Provider *provider, int count)
+{
+	static EngineStatement claim = {
+		"SELECT notification_id, attempt, user_id, type, data FROM payoutq.claim_pushes($1, $2)",
+		2, {INT4OID, TEXTARRAYOID}
+	};
+	Datum		values[] = {Int32GetDatum(count), PointerGetDatum(busy_with(provider, CALL_PUSH))};
+	int			rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
+
+	for (int i = 0; i < rows; i++)
+	{
+		Call	   *call = new_call(provider, CALL_PUSH, i);
+		MemoryContext caller = MemoryContextSwitchTo(call->context);
+
+		call->attempt = (int) payoutq_result_int64(i, 2);
+		call->user_id = payoutq_result_cstring(i, 3);
+		call->type = payoutq_result_cstring(i, 4);
+		call->data = payoutq_result_cstring(i, 5);
+		MemoryContextSwitchTo(caller);
+	}
+	return rows;
+}
+
+/* The destinations that are being sent to, or the users who are being told. */
 static ArrayType *
-busy_destinations(const Provider *provider)
+busy_with(const Provider *provider, CallPurpose purpose)
 {
 	List	   *calls[] = {under_way, answered, claimed};
-	Datum	   *destinations = palloc(Max(1, provider->sending) * sizeof(Datum));
+	Datum	   *names = palloc(Max(1, provider->sending) * sizeof(Datum));
 	int			count = 0;
 
 	for (int i = 0; i < lengthof(calls); i++)
@@ -423,11 +462,11 @@ busy_destinations(const Provider *provider)
 		{
 			Call	   *call = lfirst(cell);
 
-			if (call->provider == provider && call->purpose == CALL_SEND)
-				destinations[count++] = CStringGetTextDatum(call->destination);
+			if (call->provider == provider && call->purpose == purpose && !call->recorded)
+				names[count++] = CStringGetTextDatum(purpose == CALL_PUSH ? call->user_id : call->destination);
 		}
 	}
-	return construct_array(destinations, count, TEXTOID, -1, false, TYPALIGN_INT);
+	return construct_array(names, count, TEXTOID, -1, false, TYPALIGN_INT);
 }
 
 static int
@@ -502,7 +541,7 @@ new_call(Provider *provider, CallPurpose purpose, int row)
 	call->lease_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), provider->timeout_ms + LEASE_MARGIN_MS);
 	call->transfer_id = payoutq_result_int64(row, 1);
 	claimed = lappend(claimed, call);
-	if (purpose == CALL_SEND)
+	if (purpose == CALL_SEND || purpose == CALL_PUSH)
 		provider->sending++;
 	else
 		provider->asking++;
@@ -533,11 +572,18 @@ start_calls(void)
 			case CALL_LOOKUP:
 				kind->lookup(call);
 				break;
+			case CALL_PUSH:
+				kind->push(call);
+				break;
 		}
-		payoutq_http_start(call);
+		if (call->url)
+			payoutq_http_start(call);
+		MemoryContextSwitchTo(call_context);
+		if (call->url)
+			under_way = lappend(under_way, call);
+		else
+			answered = lappend(answered, call);
 	}
-	MemoryContextSwitchTo(call_context);
-	under_way = list_concat(under_way, claimed);
 	list_free(claimed);
 	claimed = NIL;
 	MemoryContextSwitchTo(caller);
@@ -553,10 +599,15 @@ collect(void)
 	{
 		if (call->purpose == CALL_LOOKUP && call->cursor)
 		{
-			MemoryContextSwitchTo(call->context);
-			payoutq_http_again(call);
-			MemoryContextSwitchTo(call_context);
-			continue;
+			/* When its lease ends, it is asked for by another call. */
+			if (GetCurrentTimestamp() < call->lease_until)
+			{
+				call->provider->tokens -= 1;
+				payoutq_http_again(call);
+				continue;
+			}
+			call->outcome = CALL_UNKNOWN;
+			call->reason = "the list of transfers is too long";
 		}
 		under_way = list_delete_ptr(under_way, call);
 		answered = lappend(answered, call);
@@ -567,7 +618,7 @@ collect(void)
 /*
  * Returns true if there is nothing left to do for the call.  An answer that
  * meets a lock is recorded later; of one that cannot be recorded it is not
- * known what it was.  Questions are simply asked again.
+ * known what it was.  Questions are simply asked again, and pushes not repeated.
  */
 static bool
 record_safely(Call *call)
@@ -575,7 +626,7 @@ record_safely(Call *call)
 	TimestampTz now = GetCurrentTimestamp();
 	ErrorData  *error = try_to_record(call);
 
-	if (error == NULL || call->purpose != CALL_SEND)
+	if (error == NULL || (call->purpose != CALL_SEND && call->purpose != CALL_PUSH))
 		return true;
 	if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT &&
 		TimestampTzPlusMilliseconds(now, LEASE_MARGIN_MS / 2) < call->lease_until)
@@ -584,8 +635,8 @@ record_safely(Call *call)
 		return false;
 	}
 	ereport(WARNING,
-			(errmsg("could not record the answer to transfer " INT64_FORMAT ": %s",
-					call->transfer_id, error->message)));
+			(errmsg("could not record the answer to %s " INT64_FORMAT ": %s",
+					call->purpose == CALL_PUSH ? "notification" : "transfer", call->transfer_id, error->message)));
 	call->outcome = CALL_UNKNOWN;
 	call->reference = NULL;
 	call->reason = psprintf("the answer could not be recorded: %s", error->message);
@@ -634,6 +685,9 @@ record(Call *call)
 	static EngineStatement lookup = {
 		"SELECT payoutq.record_lookup($1, $2, $3, $4, $5)", 5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}
 	};
+	static EngineStatement push = {
+		"SELECT payoutq.record_push($1, $2, $3, $4, $5, $6)", 6, {INT8OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, INT4OID}
+	};
 	Datum		reason = call->reason ? CStringGetTextDatum(call->reason) : (Datum) 0;
 	char		nulls[] = "       ";
 
@@ -654,6 +708,16 @@ record(Call *call)
 
 		nulls[2] = call->reason ? ' ' : 'n';
 		(void) payoutq_execute(&confirmation, values, nulls, SPI_OK_SELECT);
+	}
+	else if (call->purpose == CALL_PUSH)
+	{
+		Datum		values[] = {Int64GetDatum(call->transfer_id), Int32GetDatum(call->attempt),
+			CStringGetTextDatum(call->provider->name), CStringGetTextDatum(outcomes[call->outcome]),
+			reason, Int32GetDatum(call->retry_after)};
+
+		nulls[4] = call->reason ? ' ' : 'n';
+		nulls[5] = call->retry_after >= 0 ? ' ' : 'n';
+		(void) payoutq_execute(&push, values, nulls, SPI_OK_SELECT);
 	}
 	else
 	{
@@ -689,7 +753,7 @@ slow_down(Provider *provider, const Call *call)
 static void
 end_call(Call *call)
 {
-	if (call->purpose == CALL_SEND)
+	if (call->purpose == CALL_SEND || call->purpose == CALL_PUSH)
 		call->provider->sending--;
 	else
 		call->provider->asking--;

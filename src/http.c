@@ -80,6 +80,16 @@ payoutq_http_start(Call *call)
 		curl_easy_setopt(h, CURLOPT_WRITEFUNCTION, write_answer);
 		curl_easy_setopt(h, CURLOPT_WRITEDATA, call);
 		curl_easy_setopt(h, CURLOPT_HTTPHEADER, call->headers);
+		if (call->purpose == CALL_PUSH)
+		{
+			/*
+			 * When a connection that was used before ends without an answer,
+			 * libcurl makes the call again, which is harmless only if it has an
+			 * idempotency key.
+			 */
+			curl_easy_setopt(h, CURLOPT_FRESH_CONNECT, 1L);
+			curl_easy_setopt(h, CURLOPT_FORBID_REUSE, 1L);
+		}
 		if (call->body)
 		{
 			curl_easy_setopt(h, CURLOPT_POSTFIELDS, call->body);
@@ -141,12 +151,21 @@ payoutq_http_wait(int milliseconds)
 	sigprocmask(SIG_SETMASK, &before, NULL);
 }
 
-/* The same call is made anew, with another request. */
+/* The same call is made anew, for the next page; there may be thousands. */
 void
 payoutq_http_again(Call *call)
 {
+	MemoryContext page = AllocSetContextCreate(call->context, "payoutq page", ALLOCSET_SMALL_SIZES);
+	MemoryContext caller = MemoryContextSwitchTo(page);
+
 	end_handle(call);
+	call->cursor = pstrdup(call->cursor);
+	call->json = NULL;
+	if (call->page)
+		MemoryContextDelete(call->page);
+	call->page = page;
 	call->provider->kind->lookup(call);
+	MemoryContextSwitchTo(caller);
 	payoutq_http_start(call);
 }
 
@@ -183,11 +202,11 @@ static void
 classify(Call *call)
 {
 	double		sent_after = 0;
-	MemoryContext caller = MemoryContextSwitchTo(call->context);
+	MemoryContext caller = MemoryContextSwitchTo(call->page ? call->page : call->context);
 
 	call->retry_after = -1;
 	call->cursor = NULL;
-	if (call->code == CURLE_OK)
+	if (call->code == CURLE_OK || (call->purpose == CALL_PUSH && call->http_status != 0))
 	{
 		curl_off_t	seconds = 0;
 
@@ -217,6 +236,13 @@ read_answer(Call *call)
 	call->json = NULL;
 	if (!is_text(answer, call->length))
 	{
+		if (call->purpose == CALL_PUSH)
+		{
+			/* Its status is enough. */
+			call->answer[0] = '\0';
+			call->provider->kind->read_answer(call);
+			return;
+		}
 		call->outcome = CALL_UNKNOWN;
 		call->reason = pstrdup("the answer is not text in the encoding of the database");
 		return;

@@ -28,6 +28,11 @@
 #define MAX_TIMEOUT_MS		(10 * 60 * 1000)
 #define DEFAULT_QUIET_MS	(60 * 60 * 1000)	/* as in payoutq.quiet_period() */
 #define DEFAULT_API_VERSION	"2024-06-20"
+#define DEFAULT_CHANNEL		"private-user-%s"
+
+#define KINDS_HINT			"Kinds are external, pusher, stripe and webhook."
+
+#define ALPHANUMERIC		"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 /* As long as a signature of a web hook is good */
 #define SIGNATURE_TOLERANCE_S	300
@@ -38,7 +43,9 @@ typedef enum OptionType
 	OPTION_URL,
 	OPTION_NUMBER,
 	OPTION_INTERVAL,
-	OPTION_TEXT
+	OPTION_TEXT,
+	OPTION_WORD,
+	OPTION_CHANNEL
 } OptionType;
 
 typedef struct ProviderOption
@@ -57,18 +64,23 @@ static const ProviderOption options_allowed[] = {
 	{"key_life", ForeignServerRelationId, OPTION_INTERVAL},
 	{"quiet_period", ForeignServerRelationId, OPTION_INTERVAL},
 	{"api_version", ForeignServerRelationId, OPTION_TEXT},
+	{"app_id", ForeignServerRelationId, OPTION_WORD},
+	{"channel", ForeignServerRelationId, OPTION_CHANNEL},
 	{"api_key", UserMappingRelationId, OPTION_TEXT},
 	{"webhook_secret", UserMappingRelationId, OPTION_TEXT},
+	{"secret", UserMappingRelationId, OPTION_TEXT},
 };
 
 /* Those that the dispatcher sends to; there is "external" besides. */
-static const ProviderKind *const kinds[] = {&payoutq_stripe, &payoutq_webhook};
+static const ProviderKind *const kinds[] = {&payoutq_stripe, &payoutq_webhook, &payoutq_pusher};
 
 static const ProviderKind *find_kind(const char *name);
 static void check_option(const char *name, const char *value, Oid catalog);
 static void check_url(const char *name, const char *value);
 static int64 interval_ms(const char *name, const char *value);
+static const char *secret_option(const ProviderKind *kind);
 static bool is_loopback(const char *host);
+static void check_pusher(const char *kind, const char *base_url, bool has_app, bool has_channel);
 
 PG_FUNCTION_INFO_V1(payoutq_provider_validator);
 PG_FUNCTION_INFO_V1(payoutq_signature_is_valid);
@@ -80,7 +92,9 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 	List	   *options = untransformRelOptions(PG_GETARG_DATUM(0));
 	Oid			catalog = PG_GETARG_OID(1);
 	const char *kind = NULL;
-	bool		has_url = false;
+	const char *base_url = NULL;
+	bool		has_app = false;
+	bool		has_channel = false;
 	int64		timeout_ms = DEFAULT_TIMEOUT_MS;
 	int64		quiet_ms = DEFAULT_QUIET_MS;
 	ListCell   *cell;
@@ -96,7 +110,10 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 			timeout_ms = interval_ms(option->defname, defGetString(option));
 		else if (strcmp(option->defname, "quiet_period") == 0)
 			quiet_ms = interval_ms(option->defname, defGetString(option));
-		has_url |= strcmp(option->defname, "base_url") == 0;
+		else if (strcmp(option->defname, "base_url") == 0)
+			base_url = defGetString(option);
+		has_app |= strcmp(option->defname, "app_id") == 0;
+		has_channel |= strcmp(option->defname, "channel") == 0;
 	}
 	if (catalog != ForeignServerRelationId)
 		PG_RETURN_VOID();
@@ -104,11 +121,12 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 				 errmsg("a provider needs the option \"kind\""),
-				 errhint("Kinds are external, stripe and webhook.")));
-	if (find_kind(kind) && !has_url)
+				 errhint(KINDS_HINT)));
+	if (find_kind(kind) && base_url == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 				 errmsg("a provider of kind \"%s\" needs the option \"base_url\"", kind)));
+	check_pusher(kind, base_url, has_app, has_channel);
 	if (timeout_ms < MIN_TIMEOUT_MS || timeout_ms > MAX_TIMEOUT_MS)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -135,6 +153,7 @@ static void
 check_option(const char *name, const char *value, Oid catalog)
 {
 	const ProviderOption *option = NULL;
+	const char *mark;
 
 	for (int i = 0; i < lengthof(options_allowed); i++)
 		if (options_allowed[i].catalog == catalog && strcmp(options_allowed[i].name, name) == 0)
@@ -144,8 +163,8 @@ check_option(const char *name, const char *value, Oid catalog)
 				(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
 				 errmsg("invalid option \"%s\"", name),
 				 catalog == UserMappingRelationId ?
-				 errhint("Options of a user mapping are api_key and webhook_secret.") :
-				 errhint("Options of a provider are kind, base_url, status_url, rate_limit, timeout, key_life, quiet_period and api_version.")));
+				 errhint("Options of a user mapping are api_key, secret and webhook_secret.") :
+				 errhint("Options of a provider are kind, base_url, status_url, rate_limit, timeout, key_life, quiet_period, api_version, app_id and channel.")));
 
 	switch (option->type)
 	{
@@ -154,7 +173,7 @@ check_option(const char *name, const char *value, Oid catalog)
 				ereport(ERROR,
 						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 						 errmsg("invalid kind of provider \"%s\"", value),
-						 errhint("Kinds are external, stripe and webhook.")));
+						 errhint(KINDS_HINT)));
 			break;
 		case OPTION_URL:
 			check_url(name, value);
@@ -175,7 +194,42 @@ check_option(const char *name, const char *value, Oid catalog)
 						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 						 errmsg("option \"%s\" must not be empty, nor have line breaks", name)));
 			break;
+		case OPTION_WORD:
+			if (value[0] == '\0' || strspn(value, ALPHANUMERIC) != strlen(value))
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("option \"%s\" must have only letters and digits", name)));
+			break;
+		case OPTION_CHANNEL:
+			mark = strstr(value, "%s");
+			if (mark == NULL || strspn(value, ALPHANUMERIC "_-=@,.;") != mark - value ||
+				strspn(mark + 2, ALPHANUMERIC "_-=@,.;") != strlen(mark + 2) || strlen(value) > 164)
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("option \"%s\" must be a name of a channel with %%s once, in place of the user", name),
+						 errdetail("Names have letters, digits and _-=@,.; and at most 164 characters.")));
+			break;
 	}
+}
+
+/* What only Pusher has, and what its addresses are made of */
+static void
+check_pusher(const char *kind, const char *base_url, bool has_app, bool has_channel)
+{
+	bool		is_pusher = find_kind(kind) == &payoutq_pusher;
+
+	if (!is_pusher && (has_app || has_channel))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
+				 errmsg("a provider of kind \"%s\" has no option \"%s\"", kind, has_app ? "app_id" : "channel")));
+	if (is_pusher && !has_app)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a provider of kind \"%s\" needs the option \"%s\"", kind, "app_id")));
+	if (is_pusher && strchr(base_url, '?'))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("option \"%s\" of a provider of kind \"%s\" must not have a query", "base_url", kind)));
 }
 
 /* Without TLS, only to this machine. */
@@ -232,11 +286,12 @@ interval_ms(const char *name, const char *value)
 	return interval->time / 1000 + interval->day * INT64CONST(86400000);
 }
 
-/* It exists, and the current user may use it; as for a foreign table. */
+/* It exists, makes transfers, and the current user may use it; as for a foreign table. */
 void
 payoutq_check_provider(const char *provider)
 {
 	ForeignServer *server = GetForeignServerByName(provider, true);
+	ListCell   *cell;
 
 	if (server == NULL ||
 		strcmp(GetForeignDataWrapper(server->fdwid)->fdwname, "payout_provider") != 0)
@@ -249,6 +304,16 @@ payoutq_check_provider(const char *provider)
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for provider \"%s\"", provider),
 				 errhint("GRANT USAGE ON FOREIGN SERVER lets a role use it.")));
+	foreach(cell, server->options)
+	{
+		DefElem    *option = lfirst_node(DefElem, cell);
+
+		if (strcmp(option->defname, "kind") == 0 && find_kind(defGetString(option)) == &payoutq_pusher)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("provider \"%s\" does not make transfers", provider),
+					 errdetail("It is of kind pusher, which pushes notifications.")));
+	}
 }
 
 /* Options as payoutq.sending_providers() has them: name, value, ... */
@@ -267,7 +332,8 @@ payoutq_configure_provider(Provider *provider, Datum options)
 	provider->rate_limit = DEFAULT_RATE_LIMIT;
 	provider->timeout_ms = DEFAULT_TIMEOUT_MS;
 	provider->api_version = pstrdup(DEFAULT_API_VERSION);
-	provider->base_url = provider->status_url = provider->secret = NULL;
+	provider->base_url = provider->status_url = provider->secret = provider->app_id = provider->key = NULL;
+	provider->channel = pstrdup(DEFAULT_CHANNEL);
 	deconstruct_array(DatumGetArrayTypePCopy(options), TEXTOID, -1, false, TYPALIGN_INT, &words, NULL, &count);
 	for (int i = 0; i + 1 < count; i += 2)
 	{
@@ -286,17 +352,30 @@ payoutq_configure_provider(Provider *provider, Datum options)
 			provider->timeout_ms = (int) interval_ms(name, value);
 		else if (strcmp(name, "api_version") == 0)
 			provider->api_version = value;
-		else if (strcmp(name, "api_key") == 0 || strcmp(name, "webhook_secret") == 0)
-		{
-			/* A service of the application gets signatures, others a key. */
-			if ((strcmp(name, "api_key") == 0) == (provider->kind != &payoutq_webhook))
-				provider->secret = value;
-		}
+		else if (strcmp(name, "app_id") == 0)
+			provider->app_id = value;
+		else if (strcmp(name, "channel") == 0)
+			provider->channel = value;
+		else if (strcmp(name, "api_key") == 0)
+			provider->key = value;
+		if (provider->kind && strcmp(name, secret_option(provider->kind)) == 0)
+			provider->secret = value;
 	}
-	provider->problem = provider->secret ? NULL : provider->kind == &payoutq_webhook ?
-		"there is no user mapping for PUBLIC with the option webhook_secret" :
-		"there is no user mapping for PUBLIC with the option api_key";
+	provider->problem = NULL;
+	if (provider->kind == &payoutq_pusher ? !(provider->key && provider->secret) : provider->secret == NULL)
+		provider->problem = provider->kind == &payoutq_pusher ?
+			"there is no user mapping for PUBLIC with the options api_key and secret" :
+			provider->kind == &payoutq_webhook ?
+			"there is no user mapping for PUBLIC with the option webhook_secret" :
+			"there is no user mapping for PUBLIC with the option api_key";
 	MemoryContextSwitchTo(caller);
+}
+
+/* A service of the application and Pusher get signatures, others the key itself. */
+static const char *
+secret_option(const ProviderKind *kind)
+{
+	return kind == &payoutq_webhook ? "webhook_secret" : kind == &payoutq_pusher ? "secret" : "api_key";
 }
 
 /* In hexadecimal; RFC 2104. */

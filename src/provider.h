@@ -35,7 +35,8 @@ typedef enum CallPurpose
 {
 	CALL_SEND,					/* make a transfer */
 	CALL_CONFIRM,				/* what has become of one that was sent? */
-	CALL_LOOKUP					/* what was done under a key? */
+	CALL_LOOKUP,				/* what was done under a key? */
+	CALL_PUSH					/* push a notification */
 } CallPurpose;
 
 typedef struct Provider
@@ -47,6 +48,9 @@ typedef struct Provider
 	char	   *status_url;		/* or NULL */
 	char	   *api_version;
 	char	   *secret;			/* never logged */
+	char	   *app_id;			/* of Pusher, as are the next two */
+	char	   *key;
+	char	   *channel;		/* %s stands for the user */
 	int			rate_limit;		/* calls a second */
 	int			timeout_ms;
 	TimestampTz open_until;		/* nothing is sent before; 0: at once */
@@ -72,7 +76,9 @@ typedef struct Call
 	CallPurpose purpose;
 	TimestampTz lease_until;	/* then it may be somebody else's */
 	TimestampTz record_at;		/* its answer is not recorded before */
+	bool		recorded;		/* in this transaction */
 	MemoryContext context;		/* of the call and all that it points to */
+	MemoryContext page;			/* of a lookup: of the page it is at, but the first */
 
 	/* the transfer: frozen columns, from which the request is built */
 	int64		transfer_id;
@@ -89,8 +95,12 @@ typedef struct Call
 	char	   *reference;		/* the provider's */
 	char	   *cursor;			/* of a lookup: the page after this one; NULL: the first, or no more */
 
+	/* the notification, whose id and user are transfer_id and user_id */
+	char	   *type;
+	char	   *data;			/* JSON */
+
 	/* the request */
-	char	   *url;
+	char	   *url;			/* NULL: there is none to make */
 	char	   *body;			/* NULL: a GET */
 	struct curl_slist *headers;
 	CURL	   *handle;
@@ -112,6 +122,7 @@ typedef struct Call
 typedef struct ProviderKind
 {
 	const char *name;
+	void		(*push) (Call *call);	/* it gets notifications; it has none of the next four, then */
 	void		(*send) (Call *call);	/* builds the request */
 	bool		(*can_confirm) (const Provider *provider);
 	void		(*confirm) (Call *call);
@@ -121,6 +132,7 @@ typedef struct ProviderKind
 
 extern const ProviderKind payoutq_stripe;
 extern const ProviderKind payoutq_webhook;
+extern const ProviderKind payoutq_pusher;
 
 /* provider.c */
 extern void payoutq_configure_provider(Provider *provider, Datum options);

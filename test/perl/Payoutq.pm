@@ -400,9 +400,9 @@ sub dispatcher_pid
 
 =item start_provider(%options)
 
-Starts a provider to test against, test/provider/provider.js or the C<program>
-given, and returns it.  Other options are those of the program.  It ends with
-the test, however that ends.
+Starts a provider to test against, test/provider/provider.js or another
+C<program>, and returns it.  Options are those of the program.  It ends with the
+test, however that ends.
 
 =cut
 
@@ -411,8 +411,8 @@ my @providers;
 sub start_provider
 {
 	my (%options) = @_;
-	my $program = delete $options{program} // 'provider.js';
-	my $pid = open2(my $out, my $in, 'node', "$FindBin::RealBin/../provider/$program",
+	my $program = delete $options{program} // 'provider/provider.js';
+	my $pid = open2(my $out, my $in, 'node', "$FindBin::RealBin/../$program",
 		map { ("--$_" => $options{$_}) } sort keys %options);
 	my $provider = { pid => $pid, out => $out, in => $in };
 
@@ -447,7 +447,7 @@ END
 
 =item create_provider($node, $db, $name, %options)
 
-Creates the foreign server, with a user mapping for the C<api_key> or
+Creates the foreign server, with a user mapping for the C<api_key>, C<secret> or
 C<webhook_secret> among the options.
 
 =cut
@@ -455,7 +455,7 @@ C<webhook_secret> among the options.
 sub create_provider
 {
 	my ($node, $db, $name, %options) = @_;
-	my %secret = map { $_ => delete $options{$_} } grep { exists $options{$_} } ('api_key', 'webhook_secret');
+	my %secret = map { $_ => delete $options{$_} } grep { exists $options{$_} } ('api_key', 'secret', 'webhook_secret');
 	my $list = sub {
 		my (%o) = @_;
 		return join ', ', map { "$_ '$o{$_}'" } sort keys %o;

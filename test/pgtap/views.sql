@@ -48,7 +48,7 @@ SELECT is_empty('SELECT FROM ' || v, v || ' is empty at first')
                     'payout_stakes', 'payout_notifications', 'payout_schedules', 'payout_transfers', 'payout_attempts']) AS v;
 SELECT results_eq('SELECT check_name, ok FROM payout_health ORDER BY check_name',
     $$VALUES ('entries_per_second', true), ('expired_challenges', true), ('failed_entries', true), ('failed_jobs', true), ('oldest_job', true),
-             ('overdue_challenges', true), ('restored_jobs', true), ('sending_armed', true), ('stuck_transfers', true), ('transfers_made_twice', true), ('worker_running', false), ('xmin_holder', true)$$,
+             ('overdue_challenges', true), ('restored_jobs', true), ('sending_armed', true), ('stuck_transfers', true), ('transfers_made_twice', true), ('unpushed_notifications', true), ('worker_running', false), ('xmin_holder', true)$$,
     'all is well, but for the worker, which this test has stopped');
 SELECT is_empty('SELECT * FROM payout_health WHERE num_nulls(check_name, ok, value, threshold, hint) > 0', 'no check leaves anything out');
 

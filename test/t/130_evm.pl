@@ -26,7 +26,7 @@ srand($seed);
 my $n = 200;
 my $gwei = 1_000_000_000;
 my ($signers, %running);
-my $chain = start_provider(program => 'chain.js');
+my $chain = start_provider(program => 'provider/chain.js');
 my $node = start_node('main', conf => q(
 payoutq.interval = 1s
 payoutq.retry_base = 1ms
