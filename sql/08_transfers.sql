@@ -357,11 +357,12 @@ END $$;
 -- A claim lasts as long as its lease. A lease that ends without a report is an
 -- attempt with an unknown outcome: the next one uses the same key, unless the
 -- provider may have forgotten it. Destinations can be left out, and then each is
--- claimed for once; and so can be what claim_lookups() takes care of.
+-- claimed for once; and so can be what claim_lookups() takes care of, and what is
+-- due since before a time.
 CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease interval, busy text[] DEFAULT NULL,
-                                         without_lookups boolean DEFAULT false)
+                                         without_lookups boolean DEFAULT false, since timestamptz DEFAULT '-infinity')
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
-               amount bigint, currency text, job_id bigint, entry integer)
+               amount bigint, currency text, job_id bigint, entry integer, due_at timestamptz)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
@@ -370,15 +371,15 @@ DECLARE
 BEGIN
     RETURN QUERY
     WITH locked AS (
-        SELECT t.id, t.status, t.attempts, t.destination FROM payoutq.transfer t
+        SELECT t.id, t.status, t.attempts, t.destination, t.run_after FROM payoutq.transfer t
          WHERE t.provider = provider AND t.status IN ('pending', 'retryable', 'unknown', 'processing')
-           AND t.run_after <= claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
+           AND t.run_after BETWEEN since AND claimed_at AND (busy IS NULL OR t.destination <> ALL (busy))
            AND (t.maybe_sent OR t.status = 'processing' OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status NOT IN ('paused', 'cancelled')))
            AND NOT (t.status IN ('unknown', 'processing')
                     AND (claimed_at > t.first_sent_at + key_life OR without_lookups AND payoutq.wants_lookup(t, key_life)))
          ORDER BY t.run_after, t.id LIMIT max_count FOR UPDATE SKIP LOCKED
     ), due AS (
-        SELECT l.id, l.status, l.attempts
+        SELECT l.id, l.status, l.attempts, l.run_after
           FROM (SELECT *, row_number() OVER (PARTITION BY locked.destination ORDER BY locked.id) AS n FROM locked) l
          WHERE busy IS NULL OR l.n = 1
     ), lapsed AS (
@@ -391,13 +392,13 @@ BEGIN
                maybe_sent = t.maybe_sent OR due.status IN ('processing', 'unknown'),
                first_sent_at = coalesce(t.first_sent_at, claimed_at), updated_at = claimed_at
           FROM due WHERE t.id = due.id
-        RETURNING t.*
+        RETURNING t.*, due.run_after AS due_at
     ), begun AS (
         INSERT INTO payoutq.attempt (transfer_id, attempt, generation, token, started_at)
         SELECT c.id, c.attempts, c.generation, c.token, claimed_at FROM claimed c
     )
     SELECT c.id, c.token, c.attempts, payoutq.idempotency_key(c.id, c.generation), c.user_id, c.destination, c.amount, c.currency,
-           c.job_id, c.entry_seq
+           c.job_id, c.entry_seq, c.due_at
       FROM claimed c ORDER BY c.id;
 END $$;
 
@@ -496,6 +497,18 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_transfer_completed(bigint, uuid, text) IS
 'reports that the transfer has been made, for good; errors: 22023, 42704, 55000 (late report), 23505 (the reference is another transfer''s)';
 
+CREATE FUNCTION payoutq.end_transfer(t payoutq.transfer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE payoutq.transfer
+       SET status = 'completed', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(),
+           -- What was said when it was confirmed stays.
+           error = CASE WHEN t.confirmed_at IS NOT NULL AND t.error NOT LIKE 'callback: %' THEN t.error END,
+           updated_at = clock_timestamp()
+     WHERE id = t.id;
+    PERFORM payoutq.settle_transfer(t, 'completed');
+END $$;
+
 -- With the callback in the same transaction. One that fails leaves the transfer
 -- sent, confirmed, and due to be completed later.
 CREATE FUNCTION payoutq.complete_transfer(t payoutq.transfer) RETURNS text
@@ -503,14 +516,13 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     failure text;
 BEGIN
+    -- An update in a subtransaction of a row that was locked outside costs a multixact.
+    IF NOT EXISTS (SELECT FROM payoutq.confirm_callback c WHERE c.provider = t.provider) THEN
+        PERFORM payoutq.end_transfer(t);
+        RETURN 'completed';
+    END IF;
     BEGIN
-        UPDATE payoutq.transfer
-           SET status = 'completed', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(),
-               -- What was said when it was confirmed stays.
-               error = CASE WHEN t.confirmed_at IS NOT NULL AND t.error NOT LIKE 'callback: %' THEN t.error END,
-               updated_at = clock_timestamp()
-         WHERE id = t.id;
-        PERFORM payoutq.settle_transfer(t, 'completed');
+        PERFORM payoutq.end_transfer(t);
         BEGIN
             PERFORM payoutq.call_confirm_callback(t.id, t.provider);
         EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN

@@ -109,19 +109,19 @@ BEGIN
 END $$;
 
 -- Transfers to ask the provider about; each is asked about once at a time.
-CREATE FUNCTION payoutq.claim_confirmations(provider text, max_count integer, lease interval)
-RETURNS TABLE (transfer_id bigint, provider_reference text, amount bigint, currency text, destination text)
+CREATE FUNCTION payoutq.claim_confirmations(provider text, max_count integer, lease interval, since timestamptz)
+RETURNS TABLE (transfer_id bigint, provider_reference text, amount bigint, currency text, destination text, due_at timestamptz)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 BEGIN
     RETURN QUERY
     UPDATE payoutq.transfer t SET run_after = clock_timestamp() + lease
-      FROM (SELECT d.id FROM payoutq.transfer d
+      FROM (SELECT d.id, d.run_after FROM payoutq.transfer d
              WHERE d.provider = provider AND d.status = 'sent' AND d.confirmed_at IS NULL
-               AND d.run_after <= clock_timestamp()
+               AND d.run_after BETWEEN since AND clock_timestamp()
              ORDER BY d.run_after, d.id LIMIT max_count FOR UPDATE SKIP LOCKED) due
      WHERE t.id = due.id
-    RETURNING t.id, t.provider_reference, t.amount, t.currency, t.destination;
+    RETURNING t.id, t.provider_reference, t.amount, t.currency, t.destination, due.run_after;
 END $$;
 
 CREATE FUNCTION payoutq.record_confirmation(transfer_id bigint, outcome text, reason text) RETURNS void

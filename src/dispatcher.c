@@ -36,6 +36,9 @@
 /* As long as a provider may ask for */
 #define MAX_PAUSE_S			60
 
+/* A look from the beginning comes after so many times as long as it took. */
+#define LOOK_FACTOR		20
+
 /* Lookups are rare, and nobody waits for them. */
 #define LOOKUP_MS		200
 
@@ -71,6 +74,9 @@ static int	claim_sends(Provider *provider, int count);
 static int	claim_pushes(Provider *provider, int count);
 static int	claim_confirmations(Provider *provider, int count);
 static int	claim_lookups(Provider *provider, int count);
+static Datum begin_look(const Look *look, TimestampTz now);
+static void end_look(Look *look, TimestampTz now, int rows, int column);
+static long next_look(TimestampTz now);
 static int	allowed_calls(Provider *provider, TimestampTz now);
 static bool is_open(const Provider *provider, bool asks, TimestampTz now);
 static ArrayType *busy_with(const Provider *provider, CallPurpose purpose);
@@ -138,7 +144,7 @@ payoutq_dispatch(long *nap)
 		*nap = Min(payoutq_send_interval, TimestampDifferenceMilliseconds(now, due) + 1);
 	else
 		/* It cannot be done now: because of the rate limit, or for longer. */
-		*nap = rate_limited ? RATE_LIMIT_NAP_MS : payoutq_send_interval;
+		*nap = Min(rate_limited ? RATE_LIMIT_NAP_MS : payoutq_send_interval, next_look(now));
 	return false;
 }
 
@@ -196,14 +202,16 @@ turn(TimestampTz now, TimestampTz *due)
 	}
 	if (armed)
 		calls = claim_calls(now);
-	if (calls == 0)
+	/* Nobody asks for it while calls are under way. */
+	if (calls == 0 && payoutq_http_calls() == 0)
 	{
 		(void) payoutq_execute(&next, NULL, NULL, SPI_OK_SELECT);
 		*due = DatumGetTimestampTz(payoutq_result(0, 1, &isnull));
 		if (isnull)
 			*due = 0;
-		next_claim = TimestampTzPlusMilliseconds(now, 100);
 	}
+	if (calls == 0)
+		next_claim = TimestampTzPlusMilliseconds(now, 100);
 
 	/* In a context that outlives the transaction */
 	caller = MemoryContextSwitchTo(call_context);
@@ -388,11 +396,12 @@ claim_sends(Provider *provider, int count)
 {
 	static EngineStatement claim = {
 		"SELECT transfer_id, attempt_token::text, attempt, idempotency_key, user_id, destination, amount, currency,"
-		"       job_id, entry"
-		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4, $5)",
-		5, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID}
+		"       job_id, entry, due_at"
+		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4, $5, $6)",
+		6, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID, TIMESTAMPTZOID}
 	};
-	Datum		values[5];
+	TimestampTz now = GetCurrentTimestamp();
+	Datum		values[6];
 	int			rows;
 
 	values[0] = CStringGetTextDatum(provider->name);
@@ -400,6 +409,7 @@ claim_sends(Provider *provider, int count)
 	values[2] = Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0);
 	values[3] = PointerGetDatum(busy_with(provider, CALL_SEND));
 	values[4] = BoolGetDatum(provider->kind->lookup != NULL);
+	values[5] = begin_look(&provider->send_look, now);
 
 	rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
 	for (int i = 0; i < rows; i++)
@@ -418,7 +428,51 @@ claim_sends(Provider *provider, int count)
 		call->entry = (int) payoutq_result_int64(i, 10);
 		MemoryContextSwitchTo(caller);
 	}
+	end_look(&provider->send_look, now, rows, 11);
 	return rows;
+}
+
+static Datum
+begin_look(const Look *look, TimestampTz now)
+{
+	return TimestampTzGetDatum(now >= look->whole_at ? DT_NOBEGIN : look->since);
+}
+
+/* The rows have in this column since when they were due. */
+static void
+end_look(Look *look, TimestampTz now, int rows, int column)
+{
+	look->partial = now < look->whole_at;
+	if (!look->partial)
+	{
+		look->since = rows > 0 ? DT_NOBEGIN : now;
+		look->whole_at = now + LOOK_FACTOR * (GetCurrentTimestamp() - now);
+	}
+	for (int i = 0; i < rows; i++)
+	{
+		bool		isnull;
+
+		look->since = Max(look->since, DatumGetTimestampTz(payoutq_result(i, column, &isnull)));
+	}
+}
+
+/* How long until those are looked for that a look has passed by. */
+static long
+next_look(TimestampTz now)
+{
+	long		nap = payoutq_send_interval;
+	ListCell   *cell;
+
+	foreach(cell, providers)
+	{
+		Provider   *provider = lfirst(cell);
+
+		if (provider->send_look.partial)
+			nap = Min(nap, TimestampDifferenceMilliseconds(now, provider->send_look.whole_at) + 1);
+		if (provider->confirm_look.partial)
+			nap = Min(nap, TimestampDifferenceMilliseconds(now, provider->confirm_look.whole_at) + 1);
+	}
+	return nap;
 }
 
 /* Of each user in the order of their ids, one at a time. */
@@ -473,12 +527,14 @@ static int
 claim_confirmations(Provider *provider, int count)
 {
 	static EngineStatement claim = {
-		"SELECT transfer_id, provider_reference, amount, currency, destination"
-		"  FROM payoutq.claim_confirmations($1, $2, make_interval(secs => $3))",
-		3, {TEXTOID, INT4OID, FLOAT8OID}
+		"SELECT transfer_id, provider_reference, amount, currency, destination, due_at"
+		"  FROM payoutq.claim_confirmations($1, $2, make_interval(secs => $3), $4)",
+		4, {TEXTOID, INT4OID, FLOAT8OID, TIMESTAMPTZOID}
 	};
+	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[] = {CStringGetTextDatum(provider->name), Int32GetDatum(count),
-	Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0)};
+		Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0),
+	begin_look(&provider->confirm_look, now)};
 	int			rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
 
 	for (int i = 0; i < rows; i++)
@@ -492,6 +548,7 @@ claim_confirmations(Provider *provider, int count)
 		call->destination = payoutq_result_cstring(i, 5);
 		MemoryContextSwitchTo(caller);
 	}
+	end_look(&provider->confirm_look, now, rows, 6);
 	return rows;
 }
 

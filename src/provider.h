@@ -39,6 +39,18 @@ typedef enum CallPurpose
 	CALL_PUSH					/* push a notification */
 } CallPurpose;
 
+/*
+ * Where to look for what is due.  While something holds back vacuum, an index
+ * begins with all that was done before, so most looks begin where the last one
+ * ended; one from the beginning finds what those have passed by.
+ */
+typedef struct Look
+{
+	TimestampTz since;
+	TimestampTz whole_at;		/* when the next is from the beginning */
+	bool		partial;		/* the last one was not */
+} Look;
+
 typedef struct Provider
 {
 	char	   *name;
@@ -59,6 +71,8 @@ typedef struct Provider
 
 	double		tokens;			/* of the bucket that rate_limit fills */
 	TimestampTz filled_at;
+	Look		send_look;
+	Look		confirm_look;
 	TimestampTz looked_up_at;
 	bool		ask_first;		/* whose turn it is: questions or sending */
 	int			sending;		/* calls under way, or not recorded yet */
