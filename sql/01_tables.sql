@@ -90,7 +90,7 @@ COMMENT ON TABLE payoutq.batch IS
 -- versions while something holds back vacuum. The job's count is the sum.
 CREATE TABLE payoutq.progress (
     job_id    bigint NOT NULL,
-    part      integer NOT NULL,         -- batch_no / 1024; -1 for transfers
+    part      integer NOT NULL,         -- batch_no / 1024; below zero, see transfer_part()
     slot      integer NOT NULL,         -- of the process that counted
     completed bigint NOT NULL,
     failed    bigint NOT NULL,

@@ -255,28 +255,39 @@ BEGIN
             -- of one entry, not of the configuration
             RAISE EXCEPTION '%', SQLERRM USING ERRCODE = 'no_data_found';
         END;
-        PERFORM payoutq.count_transfers(job_id, 0, missing, 0);
+        PERFORM payoutq.count_transfers(job_id, m.part, 0, m.count, 0)
+           FROM (SELECT payoutq.transfer_part(t.entry_seq) AS part, count(*) AS count FROM payoutq.transfer t
+                  WHERE t.job_id = job_id AND t.entry_seq BETWEEN first_seq AND last_seq AND t.destination IS NULL
+                  GROUP BY 1) m;
     END IF;
     PERFORM payoutq.wake();
     RETURN missing;
 END $$;
 
--- Counts of a job's transfers are parts of their own in payoutq.progress.
-CREATE FUNCTION payoutq.count_transfers(job_id bigint, completed bigint, failed bigint, settled bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- Counts of a job's transfers are rows of their own in payoutq.progress, one for
+-- each 1,024 entries and some processes, so that none has many dead versions
+-- when something holds back vacuum.
+CREATE FUNCTION payoutq.transfer_part(entry_seq integer) RETURNS integer
+LANGUAGE sql IMMUTABLE
+RETURN -1 - (entry_seq - 1) / 1024;
+
+CREATE FUNCTION payoutq.count_transfers(job_id bigint, part integer, completed bigint, failed bigint, settled bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     remaining bigint;
 BEGIN
     INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid, settled)
-    VALUES (job_id, -1, pg_backend_pid() % 64, completed, failed, 0, settled)
+    VALUES (job_id, part, pg_backend_pid() % 64, completed, failed, 0, settled)
     ON CONFLICT ON CONSTRAINT progress_pkey DO UPDATE
        SET completed = p.completed + excluded.completed, failed = p.failed + excluded.failed, settled = p.settled + excluded.settled;
 
-    -- Whoever is last does not see those who are at it now.
-    SELECT j.total_winners - sum(p.completed + p.failed) INTO remaining
-      FROM payoutq.job j JOIN payoutq.progress p ON p.job_id = j.id WHERE j.id = job_id GROUP BY j.id;
-    IF remaining < 200 THEN
+    -- The end of the job is the end of some part. Whoever is last there does not
+    -- see those who are at it now.
+    SELECT least(1024, j.total_winners + 1024 * (part + 1)) - sum(p.completed + p.failed) INTO remaining
+      FROM payoutq.job j JOIN payoutq.progress p ON p.job_id = j.id AND p.part = part
+     WHERE j.id = job_id GROUP BY j.id;
+    IF remaining < 64 THEN
         PERFORM payoutq.wake();
     END IF;
 END $$;
@@ -305,7 +316,7 @@ BEGIN
             t.entry_seq, t.id, format('ledger:payout:%s:%s%s', t.id, t.attempts,
                                       CASE WHEN t.attempts < t.first_attempt THEN '.' || t.settlements END));
     UPDATE payoutq.transfer SET settlements = settlements + 1 WHERE id = t.id;
-    PERFORM payoutq.count_transfers(t.job_id, CASE status WHEN 'completed' THEN 1 ELSE 0 END,
+    PERFORM payoutq.count_transfers(t.job_id, payoutq.transfer_part(t.entry_seq), CASE status WHEN 'completed' THEN 1 ELSE 0 END,
                                     CASE status WHEN 'completed' THEN 0 ELSE 1 END,
                                     CASE status WHEN 'completed' THEN t.amount ELSE 0 END);
 END $$;
@@ -731,7 +742,7 @@ BEGIN
     VALUES ('hold', target.user_id, '@transit:' || target.provider, target.currency, target.amount, target.job_id,
             target.entry_seq, target.id);
     UPDATE payoutq.job j SET status = 'running', completed_at = NULL WHERE j.id = job.id AND j.status = 'completed';
-    PERFORM payoutq.count_transfers(target.job_id, 0, -1, 0);
+    PERFORM payoutq.count_transfers(target.job_id, payoutq.transfer_part(target.entry_seq), 0, -1, 0);
     RETURN 'pending';
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_retry_transfer(bigint) IS
@@ -767,22 +778,23 @@ CREATE FUNCTION payoutq.cancel_transfers(job payoutq.job) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     released bigint;
-    cancelled bigint;
+    parts bigint;
 BEGIN
     WITH stopped AS (
         UPDATE payoutq.transfer t SET status = 'failed_terminal', error = 'the job was cancelled', updated_at = clock_timestamp()
          WHERE t.job_id = job.id AND t.status IN ('pending', 'retryable') AND NOT t.maybe_sent
         RETURNING t.*
+    ), counted AS MATERIALIZED (
+        SELECT payoutq.transfer_part(s.entry_seq) AS part, count(*) AS count, sum(s.amount) AS amount FROM stopped s GROUP BY 1
     ), posted AS (
         INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, transfer_id, reference)
         SELECT 'release', '@transit:' || s.provider, job.source_account, s.currency, s.amount, s.job_id, s.entry_seq, s.id,
                format('ledger:payout:%s:cancelled', s.id)
           FROM stopped s
     )
-    SELECT sum(s.amount), count(*) INTO released, cancelled FROM stopped s;
-    IF cancelled > 0 THEN
-        PERFORM payoutq.change_balance(job.source_account, job.currency, released),
-                payoutq.count_transfers(job.id, 0, cancelled, 0);
+    SELECT sum(c.amount), count(payoutq.count_transfers(job.id, c.part, 0, c.count, 0)) INTO released, parts FROM counted c;
+    IF parts > 0 THEN
+        PERFORM payoutq.change_balance(job.source_account, job.currency, released);
     END IF;
 END $$;
 

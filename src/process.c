@@ -29,6 +29,9 @@
 /* How long a job is left alone when it could not be expanded. */
 #define EXPAND_WAIT_MS	1000
 
+/* How long a job is left alone whose transfers are under way. */
+#define FINISH_WAIT_MS	10000
+
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
 
@@ -184,9 +187,9 @@ serve(ActiveJob *job, bool *tried)
 		case WORK_FINISH:
 			/* Give the job's Share lock back before its Exclusive one. */
 			payoutq_turn_commit(&state);
-			/* Whoever ends the last of its transfers wakes us. */
+			/* Whoever ends the last of its transfers wakes us, most often. */
 			if (!payoutq_finish_job(job->id) && job->provider[0] != '\0')
-				payoutq_leave_alone(job, payoutq_interval * 1000);
+				payoutq_leave_alone(job, FINISH_WAIT_MS);
 			break;
 		case WORK_NONE:
 			break;
