@@ -8,6 +8,7 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
+#   make freeze             keep the install script of a release, to test updates from it
 #   make dist                 the archive for PGXN, of the last commit
 #   make test-package         test the Debian package and that archive, SUITE=...
 
@@ -114,6 +115,16 @@ lint:
 endif
 
 export PG_CONFIG
+
+# Once released, a version's SQL stays as it is: what differs is the next one's.
+.PHONY: freeze
+FROZEN = test/upgrade/$(EXTENSION)--$(EXTVERSION).sql
+freeze: $(INSTALL_SCRIPT_SQL)
+	@if [ -e $(FROZEN) ] && ! cmp -s $< $(FROZEN); then \
+		echo "$(FROZEN) exists and differs: a change takes a new default_version and an update script." >&2; \
+		exit 1; \
+	fi
+	cp $< $(FROZEN)
 
 .PHONY: dist
 DIST_DIR = .
