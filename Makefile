@@ -8,7 +8,8 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
-#   make freeze             keep the install script of a release, to test updates from it
+#   make test-pg-upgrade      pg_upgrade from 15 to 17 and 18, with data in place
+#   make freeze               keep the install script of a release, to test updates from it
 #   make dist                 the archive for PGXN, of the last commit
 #   make test-package         test the Debian package and that archive, SUITE=...
 
@@ -132,13 +133,15 @@ dist:
 	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
 		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
 
-.PHONY: test test-package demo bench chaos analyze
+.PHONY: test test-package test-pg-upgrade demo bench chaos analyze
 analyze:
 	@test/analyze
 test:
 	@test/run
 test-package:
 	@test/package $(SUITE)
+test-pg-upgrade:
+	@test/pg_upgrade
 demo:
 	@examples/demo
 bench:
