@@ -8,6 +8,8 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
+#   make test-pg-upgrade      pg_upgrade from 15 to 17 and 18, with data in place
+#   make freeze               keep the install script of a release, to test updates from it
 #   make dist                 the archive for PGXN, of the last commit
 #   make test-versions        all tests on PostgreSQL 15, 17 and 18, SUITES=...
 #   make test-package         test the Debian package and that archive, SUITE=...
@@ -117,13 +119,23 @@ endif
 
 export PG_CONFIG
 
+# Once released, a version's SQL stays as it is: what differs is the next one's.
+.PHONY: freeze
+FROZEN = test/upgrade/$(EXTENSION)--$(EXTVERSION).sql
+freeze: $(INSTALL_SCRIPT_SQL)
+	@if [ -e $(FROZEN) ] && ! cmp -s $< $(FROZEN); then \
+		echo "$(FROZEN) exists and differs: a change takes a new default_version and an update script." >&2; \
+		exit 1; \
+	fi
+	cp $< $(FROZEN)
+
 .PHONY: dist
 DIST_DIR = .
 dist:
 	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
 		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
 
-.PHONY: test test-package test-versions demo bench chaos analyze
+.PHONY: test test-package test-versions test-pg-upgrade demo bench chaos analyze
 analyze:
 	@test/analyze
 test:
@@ -132,6 +144,8 @@ test-package:
 	@test/package $(SUITE)
 test-versions:
 	@test/versions $(SUITES)
+test-pg-upgrade:
+	@test/pg_upgrade
 demo:
 	@examples/demo
 bench:

@@ -266,6 +266,7 @@ payoutq_change_balance_sql(PG_FUNCTION_ARGS)
 {
 	EngineState state;
 
+	(void) payoutq_complain_of_version(ERROR);
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	payoutq_change_balance(text_to_cstring(PG_GETARG_TEXT_PP(0)),

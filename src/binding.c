@@ -86,6 +86,7 @@ payout_bind_accounts(PG_FUNCTION_ARGS)
 		values[i] = PG_GETARG_DATUM(i);
 	values[4] = NameGetDatum(&created_by);
 
+	(void) payoutq_complain_of_version(ERROR);
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	(void) payoutq_execute(&bind, values, NULL, SPI_OK_SELECT);

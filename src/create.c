@@ -205,6 +205,7 @@ create_job(JobSpec *spec)
 									 spec->has_pool, spec->total_pool);
 	hash = hash_payload(spec);
 
+	(void) payoutq_complain_of_version(ERROR);
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	job_id = insert_job(spec, hash);

@@ -21,11 +21,14 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/table.h"
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_extension.h"
+#include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
@@ -33,8 +36,10 @@
 #include "storage/proc.h"
 #include "tcop/pquery.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
+#include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 
@@ -45,6 +50,8 @@
 #define LOCK_SPACE_ACCOUNT	0x7072
 
 static Oid	storage_owner(void);
+static Oid	find_extension(char *version);
+static bool is_older(const char *a, const char *b);
 static void check_result(const EngineStatement *statement, int expected, int rc);
 static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
@@ -319,17 +326,91 @@ payoutq_result_cstring(int row, int column)
 
 /*
  * Hold off DROP EXTENSION until the end of the transaction.  Returns false
- * when the extension is not there, or was dropped while we waited.
+ * when the extension is not there, was dropped while we waited, or is of another
+ * version than we are.
  */
 bool
 payoutq_lock_extension(void)
 {
-	Oid			extension = get_extension_oid("payoutq", true);
+	char		version[NAMEDATALEN];
+	Oid			extension = find_extension(version);
 
 	if (!OidIsValid(extension))
 		return false;
 	LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
-	return get_extension_oid("payoutq", true) == extension;
+	return find_extension(version) == extension && strcmp(version, PAYOUTQ_VERSION) == 0;
+}
+
+/*
+ * The extension, and the version of its SQL in this database (NAMEDATALEN bytes).
+ * Nothing tells us when that changes, so we look each time, which costs what
+ * get_extension_oid() costs.
+ */
+static Oid
+find_extension(char *version)
+{
+	Relation	relation = table_open(ExtensionRelationId, AccessShareLock);
+	Oid			extension = InvalidOid;
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		isnull;
+
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum("payoutq"));
+	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		Datum		value = heap_getattr(tuple, Anum_pg_extension_extversion,
+										 RelationGetDescr(relation), &isnull);
+
+		extension = ((Form_pg_extension) GETSTRUCT(tuple))->oid;
+		text_to_cstring_buffer(DatumGetTextPP(value), version, NAMEDATALEN);
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+	return extension;
+}
+
+/*
+ * Say what to do when the SQL in this database is of another version than this
+ * library, which expects its own tables and functions.  Returns false when it
+ * is of the same, or is not there at all.  Scripts of extensions are let through:
+ * one may be on the way from here to there.
+ */
+bool
+payoutq_complain_of_version(int elevel)
+{
+	char		version[NAMEDATALEN];
+
+	if (creating_extension || !OidIsValid(find_extension(version)) ||
+		strcmp(version, PAYOUTQ_VERSION) == 0)
+		return false;
+
+	ereport(elevel,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("extension \"payoutq\" has version %s in database \"%s\", but its library has version %s",
+					version, get_database_name(MyDatabaseId), PAYOUTQ_VERSION),
+			 is_older(version, PAYOUTQ_VERSION) ?
+			 errhint("Run ALTER EXTENSION payoutq UPDATE.") :
+			 errhint("Install the library of version %s, and restart the server.", version)));
+	return true;
+}
+
+/* As numbers: 1.0.9 is older than 1.0.10. */
+static bool
+is_older(const char *a, const char *b)
+{
+	int			x[3] = {0};
+	int			y[3] = {0};
+
+	(void) sscanf(a, "%d.%d.%d", &x[0], &x[1], &x[2]);
+	(void) sscanf(b, "%d.%d.%d", &y[0], &y[1], &y[2]);
+	for (int i = 0; i < 3; i++)
+		if (x[i] != y[i])
+			return x[i] < y[i];
+	return false;
 }
 
 /* The same without waiting: false, too, while somebody is dropping it. */
@@ -381,6 +462,7 @@ payoutq_origin(void)
 Datum
 payoutq_lock_job_sql(PG_FUNCTION_ARGS)
 {
+	(void) payoutq_complain_of_version(ERROR);
 	(void) payoutq_lock_job(PG_GETARG_INT64(0), ExclusiveLock, true);
 	PG_RETURN_VOID();
 }

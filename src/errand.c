@@ -247,6 +247,7 @@ payout_schedule(PG_FUNCTION_ARGS)
 		values[i + 1] = PG_GETARG_DATUM(i);
 		nulls[i + 1] = PG_ARGISNULL(i) ? 'n' : ' ';
 	}
+	(void) payoutq_complain_of_version(ERROR);
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	(void) payoutq_execute(&schedule, values, nulls, SPI_OK_SELECT);

@@ -73,6 +73,7 @@ extern uint64 payoutq_execute(EngineStatement *statement, Datum *values,
 extern uint64 payoutq_select_latest(EngineStatement *statement, Datum *values);
 extern bool payoutq_lock_extension(void);
 extern bool payoutq_try_lock_extension(void);
+extern bool payoutq_complain_of_version(int elevel);
 extern bool payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait);
 extern void payoutq_lock_account(const char *account, const char *currency);
 extern char *payoutq_origin(void);
@@ -110,6 +111,7 @@ typedef struct DatabaseSlot
 	bool		wanted;			/* something was committed there */
 	bool		help;			/* more work than the resident can do */
 	bool		sends;			/* there are transfers to be sent */
+	bool		complained;		/* of the version of the extension */
 	int			held;			/* commands that want nobody connected */
 	uint64		generation;		/* counts wake-ups */
 	TimestampTz start_after;	/* no worker is started before */

@@ -119,8 +119,8 @@ payoutq_process(uint64 max_batches, int64 only_job)
 }
 
 /*
- * Returns false, with the turn ended, when the extension was dropped: a worker
- * finds that out for itself and leaves.
+ * Returns false, with the turn ended, when the extension was dropped or updated: a
+ * worker finds that out for itself and leaves.
  */
 static bool
 begin_turn(EngineState *state)
@@ -128,7 +128,7 @@ begin_turn(EngineState *state)
 	payoutq_turn_begin(state, turn_context);
 	if (payoutq_lock_extension())
 		return true;
-	if (!payoutq_is_worker)
+	if (!payoutq_is_worker && !payoutq_complain_of_version(ERROR))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("extension \"payoutq\" does not exist in this database")));

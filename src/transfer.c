@@ -147,6 +147,7 @@ payout_on_confirm(PG_FUNCTION_ARGS)
 		values[2] = payoutq_query_settings();
 	}
 
+	(void) payoutq_complain_of_version(ERROR);
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	if (PG_ARGISNULL(1))

@@ -1,7 +1,7 @@
 /*
  * utility.c
- *		Get out of the way of commands on databases, notice DROP EXTENSION, and
- *		refuse it while there are books to lose.
+ *		Get out of the way of commands on databases, notice DROP and ALTER
+ *		EXTENSION, and refuse to drop it while there are books to lose.
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
@@ -41,7 +41,7 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 									DestReceiver *dest, QueryCompletion *qc);
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
-static bool drops_extension(Node *statement);
+static bool changes_extension(Node *statement);
 static void object_access(ObjectAccessType access, Oid classId, Oid objectId,
 						  int subId, void *arg);
 static void refuse_to_drop_books(void);
@@ -108,8 +108,8 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 	if (IsA(pstmt->utilityStmt, CreatedbStmt))
 		payoutq_rescan_at_commit();
 
-	/* Workers see that the extension is gone, and leave. */
-	if (drops_extension(pstmt->utilityStmt))
+	/* Workers see that the extension is gone or another, and leave, or come. */
+	if (changes_extension(pstmt->utilityStmt))
 		payoutq_wake_at_commit();
 
 	next_hook(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
@@ -166,10 +166,12 @@ string_option(List *options, const char *name)
 }
 
 static bool
-drops_extension(Node *statement)
+changes_extension(Node *statement)
 {
 	ListCell   *cell;
 
+	if (IsA(statement, AlterExtensionStmt))
+		return strcmp(((AlterExtensionStmt *) statement)->extname, "payoutq") == 0;
 	if (!IsA(statement, DropStmt) || ((DropStmt *) statement)->removeType != OBJECT_EXTENSION)
 		return false;
 	foreach(cell, ((DropStmt *) statement)->objects)

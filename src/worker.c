@@ -53,6 +53,7 @@ static void detach(int code, Datum arg);
 static void report_database(DatabaseState state, bool worked);
 static void prepare_session(void);
 static void require_extension(void);
+static void complain_once(void);
 static bool is_dispatcher(void);
 static bool dispatch(long *nap);
 static bool work(long *nap);
@@ -194,7 +195,10 @@ report_database(DatabaseState state, bool worked)
 	if (database && database->state != DATABASE_STOPPED)
 		database->state = state;
 	if (database && worked)
+	{
 		database->failures = 0;
+		database->complained = false;
+	}
 	LWLockRelease(payoutq_shared->lock);
 }
 
@@ -292,7 +296,10 @@ dispatch(long *nap)
 	return busy;
 }
 
-/* Lock it for this transaction; without it, there is nothing to do here. */
+/*
+ * Lock it for this transaction.  Without it, or with one of another version,
+ * there is nothing to do here until somebody runs CREATE or ALTER EXTENSION.
+ */
 static void
 require_extension(void)
 {
@@ -304,9 +311,37 @@ require_extension(void)
 	if (exists)
 		return;
 
+	complain_once();
 	AbortCurrentTransaction();
 	report_database(DATABASE_WITHOUT, false);
 	proc_exit(0);
+}
+
+/* Others may start and find the same before somebody updates the extension. */
+static void
+complain_once(void)
+{
+	DatabaseSlot *database;
+	bool		complained;
+
+	if (payoutq_my_slot == NULL)
+	{
+		(void) payoutq_complain_of_version(WARNING);
+		return;
+	}
+
+	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
+	database = payoutq_database_slot(MyDatabaseId, false);
+	complained = database == NULL || database->complained || !payoutq_my_slot->resident;
+	LWLockRelease(payoutq_shared->lock);
+	if (complained || !payoutq_complain_of_version(WARNING))
+		return;
+
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	database = payoutq_database_slot(MyDatabaseId, false);
+	if (database)
+		database->complained = true;
+	LWLockRelease(payoutq_shared->lock);
 }
 
 /*
