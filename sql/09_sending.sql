@@ -53,6 +53,22 @@ DECLARE
     target payoutq.transfer;
     wait interval := make_interval(secs => retry_after);
 BEGIN
+    -- Most are sent, and that is as mark_sent() does it.
+    IF outcome = 'sent' THEN
+        UPDATE payoutq.transfer t
+           SET status = 'sent', provider_reference = reference, error = NULL, run_after = clock_timestamp(), updated_at = clock_timestamp()
+         WHERE t.id = transfer_id AND t.status = 'processing' AND t.token = record_answer.token
+        RETURNING t.* INTO target;
+        UPDATE payoutq.attempt a
+           SET outcome = 'sent', finished_at = target.updated_at, provider_reference = reference, http_status = record_answer.http_status
+         WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
+        DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
+        IF target.id IS NULL THEN
+            RAISE LOG 'the answer to transfer % came late: %', transfer_id, outcome;
+        END IF;
+        RETURN;
+    END IF;
+
     SELECT t.* INTO target FROM payoutq.transfer t
      WHERE t.id = transfer_id AND t.status = 'processing' AND t.token = record_answer.token FOR UPDATE;
     IF NOT FOUND THEN
@@ -63,8 +79,6 @@ BEGIN
      WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
 
     CASE outcome
-        WHEN 'sent' THEN
-            PERFORM payoutq.mark_sent(target, reference);
         WHEN 'completed' THEN
             PERFORM payoutq.end_attempt(target, 'completed', reference, NULL);
             target.provider_reference := reference;
@@ -88,7 +102,7 @@ BEGIN
             PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent AND outcome = 'permanent' THEN 'unknown' ELSE outcome END,
                                           reason, wait, true);
     END CASE;
-    IF outcome IN ('sent', 'completed') THEN
+    IF outcome = 'completed' THEN
         DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
     END IF;
 END $$;

@@ -166,6 +166,7 @@ COMMENT ON COLUMN @extschema@.payout_notifications.data IS '{"amount" in minor u
 COMMENT ON COLUMN @extschema@.payout_notifications.created_at IS 'when it was written';
 COMMENT ON COLUMN @extschema@.payout_notifications.read_at IS 'when the user has read it; null: unread';
 COMMENT ON COLUMN @extschema@.payout_notifications.pushed_at IS 'when it was pushed';
+COMMENT ON COLUMN @extschema@.payout_notifications.push_error IS 'why it was not pushed, or not yet';
 
 COMMENT ON COLUMN @extschema@.payout_transfers.transfer_id IS 'id of the transfer';
 COMMENT ON COLUMN @extschema@.payout_transfers.job_id IS 'id of the job';

@@ -87,7 +87,7 @@ static bool record_safely(Call *call);
 static ErrorData *try_to_record(Call *call);
 static void record(Call *call);
 static void slow_down(Provider *provider, const Call *call);
-static void end_call(Call *call);
+static void leave_place(Call *call);
 
 /* For the resident: a dispatcher is wanted when something is due. */
 void
@@ -187,7 +187,7 @@ turn(TimestampTz now, TimestampTz *due)
 			continue;
 		if (record_safely(call))
 		{
-			call->recorded = true;
+			leave_place(call);
 			recorded = lappend(recorded, call);
 		}
 		else
@@ -226,7 +226,7 @@ turn(TimestampTz now, TimestampTz *due)
 	foreach(cell, recorded)
 	{
 		answered = list_delete_ptr(answered, lfirst(cell));
-		end_call(lfirst(cell));
+		payoutq_http_free(lfirst(cell));
 	}
 	list_free(recorded);
 	return calls > 0;
@@ -807,12 +807,13 @@ slow_down(Provider *provider, const Call *call)
 	provider->tokens = Min(provider->tokens, -provider->rate_limit * (double) seconds);
 }
 
+/* It is not under way any more: another may be claimed in the same transaction. */
 static void
-end_call(Call *call)
+leave_place(Call *call)
 {
+	call->recorded = true;
 	if (call->purpose == CALL_SEND || call->purpose == CALL_PUSH)
 		call->provider->sending--;
 	else
 		call->provider->asking--;
-	payoutq_http_free(call);
 }
