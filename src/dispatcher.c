@@ -25,6 +25,7 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
+#include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
@@ -609,9 +610,14 @@ new_call(Provider *provider, CallPurpose purpose, int row)
 static void
 start_calls(void)
 {
+	static ResourceOwner owner = NULL;
 	MemoryContext caller = MemoryContextSwitchTo(call_context);
 	ListCell   *cell;
 
+	/* The server's cryptography wants one, also outside of transactions. */
+	if (owner == NULL)
+		owner = ResourceOwnerCreate(NULL, "payoutq calls");
+	CurrentResourceOwner = owner;
 	foreach(cell, claimed)
 	{
 		Call	   *call = lfirst(cell);
@@ -643,6 +649,7 @@ start_calls(void)
 	}
 	list_free(claimed);
 	claimed = NIL;
+	CurrentResourceOwner = NULL;
 	MemoryContextSwitchTo(caller);
 }
 

@@ -2,7 +2,7 @@
 // for idempotency keys, a service of kind "webhook", its own books, and faults by
 // a seed or by rules.
 //
-//   node provider.js [--port N] [--seed N] [--faults SHARE] [--latency MS] [--kinds a,b]
+//   node provider.js [--port N] [--seed N] [--faults SHARE] [--latency MS] [--kinds a,b] [--hooks SECRET]
 //
 // Prints "listening PORT", and ends when its input does.
 //
@@ -10,6 +10,8 @@
 //   GET    /requests   requests as they came, the last 5,000
 //   GET    /measures   the most calls that were under way at once, in all and to one destination
 //   GET    /faults     how often each fault was injected; ?share=0.2 changes their share
+//   GET    /hooks      web hooks since the last time, signed with SECRET: each before its transfer is
+//                      answered, in any order, some of them twice
 //   POST   /rules      what the next calls for a destination get: see "faults"
 //   POST   /release    ends the waiting of answers with "hold"
 //   DELETE /requests   forgets requests and measures
@@ -19,7 +21,7 @@
 const http = require('http');
 const crypto = require('crypto');
 
-const options = { port: 0, seed: 1, faults: 0, latency: 0, kinds: '' };
+const options = { port: 0, seed: 1, faults: 0, latency: 0, kinds: '', hooks: '' };
 for (let i = 2; i + 1 < process.argv.length; i += 2)
   options[process.argv[i].slice(2)] = process.argv[i + 1];
 let share = Number(options.faults);
@@ -164,8 +166,24 @@ function create(call, body) {
       key,
     };
     transfers.set(transfer.id, transfer);
+    if (options.hooks) emit('transfer.created', transfer);
     return { status: 200, body: JSON.stringify(transfer) };
   });
+}
+
+// Somewhere among the last ones; one of five comes again.
+let hooks = [];
+let events = 0;
+function emit(type, object) {
+  const body = JSON.stringify({ id: 'evt_' + ++events, object: 'event', type, data: { object } });
+  for (let times = random() < 0.2 ? 2 : 1; times > 0; times--)
+    hooks.splice(hooks.length - Math.floor(random() * Math.min(10, hooks.length + 1)), 0, body);
+}
+
+function sign(body) {
+  const now = Math.floor(Date.now() / 1000);
+  const signature = crypto.createHmac('sha256', options.hooks).update(`${now}.${body}`).digest('hex');
+  return { headers: { 'Stripe-Signature': `t=${now},v1=${signature}` }, body };
 }
 
 function pay(call, body) {
@@ -218,6 +236,7 @@ const controls = {
     if (query.get('share') !== null) share = Number(query.get('share'));
     return injected;
   },
+  'GET /hooks': () => hooks.splice(0).map(sign),
   'POST /rules': (body) => {
     rules.push({ times: 1, ...JSON.parse(body) });
     return rules;
