@@ -334,7 +334,7 @@ BEGIN
             DELETE FROM payoutq.circuit c WHERE c.provider = record_push.provider;
         WHEN outcome IN ('refused', 'unreachable', 'throttled') THEN
             IF outcome <> 'throttled' THEN
-                PERFORM payoutq.open_circuit(provider, reason, CASE outcome WHEN 'refused' THEN interval '1 minute' ELSE interval '1 s' END, false);
+                PERFORM payoutq.open_circuit(provider, outcome, reason);
             END IF;
             next_try := clock_timestamp() + coalesce(make_interval(secs => retry_after), payoutq.backoff(1));
             UPDATE payoutq.notification n SET push_after = next_try, push_error = left(reason, 1000) WHERE n.id = target.id;
