@@ -50,6 +50,7 @@ if ($application == 0)
 
 my $job = create_job($node, 'app', 'hooks', $n, args => q{provider => 'stripe'});
 ok(wait_for_job($node, 'app', $job), 'the job is completed');
+ok(wait_for($node, 'app', q{SELECT count(*) FROM told WHERE answer <> 'duplicate'}, $n), 'each event is told once');
 kill 'KILL', $application;
 waitpid $application, 0;
 
@@ -62,7 +63,6 @@ cmp_ok($node->safe_psql('app', q{SELECT count(*) FROM payout_attempts WHERE outc
 is($node->safe_psql('app', q{SELECT count(*) FROM payout_attempts WHERE attempt > 1}), 0, 'and nothing was called again');
 is($node->safe_psql('app', q{SELECT string_agg(DISTINCT answer, ' ' ORDER BY answer) FROM told WHERE answer <> 'ignored'}), 'accepted duplicate',
 	'web hooks are accepted, and again they are duplicates');
-is($node->safe_psql('app', q{SELECT count(*) FROM told WHERE answer <> 'duplicate'}), $n, 'each event once');
 books_ok($node, 'app', 'after the web hooks');
 
 $node->stop;
