@@ -699,7 +699,8 @@ record_safely(Call *call)
 		return false;
 	}
 	ereport(WARNING,
-			(errmsg("could not record the answer to %s " INT64_FORMAT ": %s",
+			(errcode(error->sqlerrcode),
+			 errmsg("could not record the answer to %s " INT64_FORMAT ": %s",
 					call->purpose == CALL_PUSH ? "notification" : "transfer", call->transfer_id, error->message)));
 	call->outcome = CALL_UNKNOWN;
 	call->reference = NULL;

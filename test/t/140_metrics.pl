@@ -76,7 +76,7 @@ $node->safe_psql('app', q{
 	                    WHEN 'w2' THEN payout_transfer_completed(transfer_id, attempt_token, 'tr_2')::text END
 	  FROM payout_claim_transfers('bank', 10)});
 $node->safe_psql('app', q{
-	INSERT INTO payoutq.circuit VALUES ('bank', 1, now() + interval '1 hour', 'test');
+	INSERT INTO payoutq.circuit VALUES ('bank', 1, now() + interval '1 hour', 'test', false);
 	SELECT payout_create_job('later', ARRAY['a', 'b'], ARRAY[1, 1], currency => 'EUR', run_at => '2100-01-01')});
 
 my %metrics = scrape();
