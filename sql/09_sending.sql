@@ -63,7 +63,9 @@ BEGIN
            SET outcome = 'sent', finished_at = target.updated_at, provider_reference = reference, http_status = record_answer.http_status
          WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
         DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
-        IF target.id IS NULL THEN
+        IF target.id IS NULL
+           -- Its web hook was first.
+           AND NOT EXISTS (SELECT FROM payoutq.transfer t WHERE t.id = transfer_id AND t.provider_reference = reference) THEN
             RAISE LOG 'the answer to transfer % came late: %', transfer_id, outcome;
         END IF;
         RETURN;
@@ -254,7 +256,9 @@ BEGIN
          WHERE id = t.id;
         RAISE WARNING 'transfer % was failed, and the provider has made it', t.id;
         RETURN true;
-    ELSIF NOT (t.status IN ('pending', 'retryable', 'unknown') OR t.status = 'processing' AND t.run_after <= clock_timestamp()) THEN
+    -- A call that is under way may be the one that made it, if it has this key.
+    ELSIF NOT (t.status IN ('pending', 'retryable', 'unknown')
+               OR t.status = 'processing' AND (t.generation = made_under OR t.run_after <= clock_timestamp())) THEN
         RETURN false;
     END IF;
 
@@ -471,6 +475,7 @@ BEGIN
              WHERE l.times = 1 AND l.uses = 1
                AND t.provider = provider AND t.provider_reference IS NULL AND t.amount = l.amount
                AND lower(t.currency) = l.currency AND t.destination = l.destination
+               AND (t.status <> 'processing' OR t.run_after <= clock_timestamp())  -- else it will be reported
              ORDER BY t.id FOR UPDATE OF t
         LOOP
             PERFORM payoutq.adopt_transfer(made.transfer, made.key, made.reference);

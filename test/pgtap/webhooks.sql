@@ -2,7 +2,7 @@
 -- order, of others, or after somebody has decided by hand.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(226);
+SELECT plan(228);
 DROP ROLE IF EXISTS payoutq_test_hook, payoutq_test_looker;
 
 CREATE SERVER stripe FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'stripe', base_url 'https://127.0.0.1:1');
@@ -237,9 +237,12 @@ SELECT is(pg_temp.state('copy'), 'sent tr_copy 1 g1', 'changes nothing');
 
 SELECT pg_temp.due('{live,lapsed,unknown,retry,hand,old3}') \g /dev/null
 SELECT is(pg_temp.claim('stripe'), 'hand lapsed live old3 retry unknown', '(claimed)');
-SELECT pg_temp.ignored('evt_live', 'transfer.created', pg_temp.object('live'), 'what is under way');
-SELECT lives_ok('SELECT pg_temp.sent(''live'', ''tr_live'')', 'the answer comes after it');
-SELECT is(pg_temp.state('live'), 'sent tr_live 1 g1', 'and is recorded');
+SELECT is(pg_temp.created('live'), 'accepted', 'what is under way');
+SELECT is(pg_temp.state('live'), 'sent tr_live 1 g1', 'is sent');
+SELECT throws_ok('SELECT pg_temp.sent(''live'', ''tr_live'')', '55000', NULL, 'a report that comes after it is late');
+SELECT is(pg_temp.state('live'), 'sent tr_live 1 g1', 'and changes nothing');
+SELECT lives_ok(format('SELECT payoutq.record_answer(%s, %L, ''unknown'', NULL, ''Timeout was reached'', NULL, NULL)', pg_temp.t('live'), pg_temp.token('live')), 'no answer, after it');
+SELECT is(pg_temp.state('live'), 'sent tr_live 1 g1', 'changes nothing either');
 SELECT is(pg_temp.created('live'), 'duplicate', 'the event is not handled twice');
 
 SELECT pg_temp.lapse('lapsed') \g /dev/null
