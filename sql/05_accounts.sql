@@ -9,10 +9,12 @@ COMMENT ON FUNCTION @extschema@.payout_balance(text, text) IS
 'balance of a user or of a system account (@outside, @platform, @job:<id>, @challenge:<id>, @transit:<provider>), in minor units; 0 if there is no such account';
 
 -- A deposit, a withdrawal or a stake, once a reference. *is_new*: not posted
--- before. Its plans are kept, so none may be made for tables that were small.
+-- before. Its plans are kept, so none may be made for tables that were small. (What
+-- is ruled out is not impossible but of a cost that would have it compiled: no jit,
+-- here and wherever plans are ruled out.)
 CREATE FUNCTION payoutq.post(kind text, debit text, credit text, amount bigint, reference text, currency text,
                              challenge_id bigint DEFAULT NULL, side text DEFAULT NULL, OUT id bigint, OUT is_new boolean)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     user_id text := CASE kind WHEN 'deposit' THEN credit ELSE debit END;

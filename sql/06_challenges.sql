@@ -138,7 +138,7 @@ END $$;
 -- already takes stakes until payout_run_deadlines() closes it.
 CREATE FUNCTION @extschema@.payout_place_stake(challenge_id bigint, user_id text, side text, amount bigint,
                                    reference text DEFAULT NULL, at timestamptz DEFAULT clock_timestamp()) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     target payoutq.challenge;
@@ -225,7 +225,7 @@ COMMENT ON FUNCTION @extschema@.payout_add_evidence(bigint, text, jsonb) IS
 -- payout_run_notifications() has locked. One that came in with a restore waits
 -- until its books are complete.
 CREATE FUNCTION @extschema@.payout_run_deadlines(at timestamptz DEFAULT now()) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     due bigint[];
@@ -254,7 +254,7 @@ COMMENT ON FUNCTION @extschema@.payout_run_deadlines(timestamptz) IS
 
 -- The caller holds their rows FOR UPDATE, so that no stake is on its way.
 CREATE FUNCTION payoutq.close_challenges(challenges bigint[], status text, at timestamptz) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE sql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
     UPDATE payoutq.challenge c
        SET status = close_challenges.status, closed_at = at,
            (yes_pool, no_pool, yes_stakes, no_stakes) = (SELECT p.a[1], p.a[2], p.a[3], p.a[4] FROM payoutq.latest_pools(c.id) AS p (a))

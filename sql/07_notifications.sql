@@ -76,7 +76,7 @@ $$;
 -- Tells creator, challenger and challenged of each challenge what is its type.
 -- The caller has locked the challenges.
 CREATE FUNCTION payoutq.tell_roles(challenges bigint[], types text[], at timestamptz) RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     written integer;
@@ -107,7 +107,7 @@ END $$;
 -- closes, payout_run_deadlines() tells. One that is locked is another run's;
 -- stakes do not stand in the way.
 CREATE FUNCTION @extschema@.payout_run_notifications(at timestamptz DEFAULT now()) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     challenges bigint[];

@@ -144,7 +144,7 @@ $$;
 -- What is to be pushed by then, the original may have pushed already, and there
 -- is no way to find out.
 CREATE FUNCTION @extschema@.payout_arm_sending() RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
     UPDATE payoutq.notification SET push_after = NULL, push_error = 'the original may have pushed it'
      WHERE push_after IS NOT NULL AND NOT payoutq.sending_is_armed();
     DELETE FROM payoutq.sending;
@@ -272,7 +272,7 @@ LANGUAGE sql IMMUTABLE
 RETURN -1 - (entry_seq - 1) / 1024;
 
 CREATE FUNCTION payoutq.count_transfers(job_id bigint, part integer, completed bigint, failed bigint, settled bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     remaining bigint;
@@ -346,7 +346,7 @@ RETURN t.attempts - t.first_attempt + 1 >= 3 OR clock_timestamp() > t.first_sent
 -- Of a lease that has lapsed nobody knows what was done. Most are claimed again
 -- as they are; this sees to the others.
 CREATE FUNCTION payoutq.end_lapsed_leases(provider text, max_count integer) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     key_life interval := payoutq.key_life(provider);
@@ -374,7 +374,7 @@ CREATE FUNCTION payoutq.claim_transfers(provider text, max_count integer, lease 
                                          without_lookups boolean DEFAULT false, since timestamptz DEFAULT '-infinity')
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
                amount bigint, currency text, job_id bigint, entry integer, due_at timestamptz)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     claimed_at timestamptz := clock_timestamp();
@@ -418,7 +418,7 @@ CREATE FUNCTION @extschema@.payout_claim_transfers(provider text, max_count inte
 RETURNS TABLE (transfer_id bigint, attempt_token uuid, attempt integer, idempotency_key text, user_id text, destination text,
                amount bigint, currency text, metadata jsonb)
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET enable_bitmapscan = off SET enable_sort = off AS $$
+SET search_path = pg_catalog, pg_temp SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $$
 #variable_conflict use_variable
 BEGIN
     IF max_count IS NULL OR max_count <= 0 OR lease IS NULL OR lease <= interval '0' THEN

@@ -28,7 +28,7 @@ $$;
 
 -- When the next call to a provider is due; null: there is none.
 CREATE FUNCTION payoutq.sending_due() RETURNS timestamptz
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
     SELECT min(d.run_after)
       FROM payoutq.sending_providers() p,
            LATERAL (SELECT greatest(p.open_until, min(t.run_after)) FROM payoutq.transfer t
@@ -127,7 +127,7 @@ END $$;
 -- Transfers to ask the provider about; each is asked about once at a time.
 CREATE FUNCTION payoutq.claim_confirmations(provider text, max_count integer, lease interval, since timestamptz)
 RETURNS TABLE (transfer_id bigint, provider_reference text, amount bigint, currency text, destination text, due_at timestamptz)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 BEGIN
     RETURN QUERY
@@ -173,7 +173,7 @@ END $$;
 -- Transfers of which nobody knows, to ask what was done under their keys.
 CREATE FUNCTION payoutq.claim_lookups(provider text, max_count integer, lease interval)
 RETURNS TABLE (transfer_id bigint, idempotency_key text, destination text, amount bigint, currency text, job_id bigint)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     key_life interval := payoutq.key_life(provider);
@@ -289,7 +289,7 @@ $$;
 -- at a time.
 CREATE FUNCTION payoutq.claim_pushes(max_count integer, busy text[])
 RETURNS TABLE (notification_id bigint, attempt integer, user_id text, type text, data text)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
     claimed_at timestamptz := clock_timestamp();
@@ -322,7 +322,7 @@ END $$;
 -- down.
 CREATE FUNCTION payoutq.record_push(notification_id bigint, attempt integer, provider text, outcome text, reason text,
                                     retry_after integer) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     target payoutq.notification;
     next_try timestamptz;

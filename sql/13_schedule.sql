@@ -150,7 +150,7 @@ COMMENT ON VIEW @extschema@.payout_schedules IS
 'jobs of pg_cron for this database: when they run and as whom, and the start, result, duration and message of the last run; no row without pg_cron';
 
 CREATE FUNCTION @extschema@.payout_maintain(max_rows integer DEFAULT 100000) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 #variable_conflict use_variable
 DECLARE
     retention interval := payoutq.setting('payoutq.retention')::interval;

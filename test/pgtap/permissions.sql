@@ -19,7 +19,7 @@ CREATE FUNCTION app.confirmed(bigint) RETURNS void LANGUAGE sql AS '';
 SELECT payout_set_destination(u, 'bank', 'x') FROM unnest(ARRAY['t1', 't2', 't3', 't4']) AS u \g /dev/null
 SELECT payout_create_job('wired', ARRAY['t1', 't2', 't3', 't4'], ARRAY[1, 2, 3, 4], provider => 'bank') AS wired \gset
 CALL payout_process();
-SELECT plan(219);
+SELECT plan(220);
 
 -- What belongs to the extension
 CREATE TEMP TABLE routines AS SELECT oid::regprocedure::text AS routine, * FROM pg_proc WHERE false;
@@ -167,6 +167,8 @@ SELECT is_empty($$SELECT routine FROM routines JOIN pg_language l ON l.oid = pro
                    WHERE lanname IN ('sql', 'plpgsql') AND NOT prosecdef AND proname NOT IN ('payout_preview_job_from', 'payout_on_settlement')
                      AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false) AND prosqlbody IS NULL$$,
     'and so have the others, but for those that run a query of their caller, or were parsed when they were made');
+SELECT is_empty($$SELECT routine FROM routines WHERE proconfig::text LIKE '%enable\_%=off%' AND NOT 'jit=off' = ANY (proconfig)$$,
+    'what rules out plans is not compiled for their cost');
 SELECT is_empty($$SELECT relation FROM relations, pg_extension
                    WHERE extname = 'payoutq' AND relkind = 'v' AND (relowner <> extowner OR reloptions IS NOT NULL)$$,
     'views read with the rights of the owner of the extension');
