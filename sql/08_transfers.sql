@@ -182,11 +182,13 @@ BEGIN
     RETURN kind;
 END $$;
 
+-- (In PL/pgSQL, which keeps its plans, as it is asked for with each claim.)
 CREATE FUNCTION payoutq.provider_option(provider text, option text) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT o.option_value FROM pg_foreign_server s, pg_options_to_table(s.srvoptions) o
-     WHERE s.srvname = provider AND o.option_name = option
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (SELECT o.option_value FROM pg_foreign_server s, pg_options_to_table(s.srvoptions) o
+             WHERE s.srvname = provider AND o.option_name = option);
+END $$;
 
 -- Of a provider that makes transfers, the kind; or 22023 or 42704.
 CREATE FUNCTION payoutq.paying_kind(provider text) RETURNS text
@@ -293,7 +295,7 @@ BEGIN
 END $$;
 
 -- The money and the counters of a transfer that comes to its end. Its row is
--- locked. What was not sent is the user's, or whose it was if the job was
+-- locked, and has counted the settlement. What was not sent is the user's, or whose it was if the job was
 -- cancelled, or if the user's account in a bound table is gone.
 CREATE FUNCTION payoutq.settle_transfer(t payoutq.transfer, status text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -315,7 +317,6 @@ BEGIN
     VALUES (CASE status WHEN 'completed' THEN 'transfer' ELSE 'release' END, transit, target, t.currency, t.amount, t.job_id,
             t.entry_seq, t.id, format('ledger:payout:%s:%s%s', t.id, t.attempts,
                                       CASE WHEN t.attempts < t.first_attempt THEN '.' || t.settlements END));
-    UPDATE payoutq.transfer SET settlements = settlements + 1 WHERE id = t.id;
     PERFORM payoutq.count_transfers(t.job_id, payoutq.transfer_part(t.entry_seq), CASE status WHEN 'completed' THEN 1 ELSE 0 END,
                                     CASE status WHEN 'completed' THEN 0 ELSE 1 END,
                                     CASE status WHEN 'completed' THEN t.amount ELSE 0 END);
@@ -333,9 +334,10 @@ END $$;
 
 -- How long a provider is sure to know a key. Then nothing is sent under it again.
 CREATE FUNCTION payoutq.key_life(provider text) RETURNS interval
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours');
+END $$;
 
 -- Transfers whose key was used three times, or may have been forgotten by the
 -- provider: nothing is sent under it again, but it is asked what was done.
@@ -515,7 +517,7 @@ BEGIN
        SET status = 'completed', provider_reference = t.provider_reference, confirmed_at = clock_timestamp(),
            -- What was said when it was confirmed stays.
            error = CASE WHEN t.confirmed_at IS NOT NULL AND t.error NOT LIKE 'callback: %' THEN t.error END,
-           updated_at = clock_timestamp()
+           settlements = settlements + 1, updated_at = clock_timestamp()
      WHERE id = t.id;
     PERFORM payoutq.settle_transfer(t, 'completed');
 END $$;
@@ -605,6 +607,7 @@ BEGIN
     PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
     UPDATE payoutq.transfer
        SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
+           settlements = settlements + CASE outcome WHEN 'failed_terminal' THEN 1 ELSE 0 END,
            first_sent_at = CASE WHEN outcome <> 'retryable' THEN first_sent_at END,
            first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
            run_after = next_try
@@ -632,7 +635,8 @@ CREATE FUNCTION payoutq.reject_transfer(t payoutq.transfer, reason text) RETURNS
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE payoutq.transfer
-       SET status = 'confirmation_failed', error = coalesce(reason, 'rejected by the provider'), updated_at = clock_timestamp()
+       SET status = 'confirmation_failed', error = coalesce(reason, 'rejected by the provider'), settlements = settlements + 1,
+           updated_at = clock_timestamp()
      WHERE id = t.id;
     PERFORM payoutq.settle_transfer(t, 'confirmation_failed');
 END $$;
@@ -765,7 +769,8 @@ BEGIN
         PERFORM payoutq.end_attempt(target, 'unknown', NULL, 'the lease ended without a report');
     END IF;
     UPDATE payoutq.transfer t
-       SET status = 'failed_terminal', error = coalesce(reason, 'failed by hand'), updated_at = clock_timestamp()
+       SET status = 'failed_terminal', error = coalesce(reason, 'failed by hand'), settlements = settlements + 1,
+           updated_at = clock_timestamp()
      WHERE t.id = target.id;
     PERFORM payoutq.settle_transfer(target, 'failed_terminal');
     RETURN 'failed_terminal';

@@ -214,7 +214,9 @@ BEGIN
     ELSIF outcome = 'absent' AND NOT answered AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
         IF lost_keys >= payoutq.setting('payoutq.max_attempts')::integer
            OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
-            UPDATE payoutq.transfer t SET status = 'failed_terminal', updated_at = clock_timestamp() WHERE t.id = target.id;
+            UPDATE payoutq.transfer t
+               SET status = 'failed_terminal', settlements = settlements + 1, updated_at = clock_timestamp()
+             WHERE t.id = target.id;
             PERFORM payoutq.settle_transfer(target, 'failed_terminal');
         ELSE
             PERFORM payoutq.next_generation(target, target.destination);
