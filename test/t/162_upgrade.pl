@@ -136,7 +136,7 @@ delete local @ENV{ 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL' };
 command_ok(\@freeze, 'make freeze');
 ok(slurp_file("$tmp/tree/test/upgrade/payoutq--$current.sql") eq $built, 'keeps what is installed');
 command_ok(\@freeze, 'also twice');
-append_to_file("$tmp/tree/sql/14_permissions.sql", "SELECT 1;\n");
+append_to_file("$tmp/tree/sql/15_permissions.sql", "SELECT 1;\n");
 command_fails_like(\@freeze, qr/exists and differs/, 'but nothing else of the same version');
 ok(slurp_file("$tmp/tree/test/upgrade/payoutq--$current.sql") eq $built, 'what was kept stays');
 
