@@ -39,10 +39,17 @@ CREATE TABLE payoutq.job (
     error          text,
     created_at     timestamptz NOT NULL DEFAULT now(),
     started_at     timestamptz,
-    completed_at   timestamptz
+    completed_at   timestamptz,
+    archived_at    timestamptz,
+    completed      bigint,              -- since it was archived; see payoutq.counts
+    failed         bigint,
+    paid           bigint,
+    settled        bigint
 );
 CREATE INDEX job_active ON payoutq.job (priority DESC, id) WHERE status IN ('queued', 'running');
 CREATE INDEX job_run_at ON payoutq.job (run_at) WHERE status IN ('queued', 'running');
+CREATE INDEX job_archivable ON payoutq.job (completed_at)
+    WHERE status IN ('completed', 'cancelled') AND (archived_at IS NULL OR archived_at < completed_at);
 COMMENT ON TABLE payoutq.job IS
 'one row a job; amount and total_winners are null until a worker has expanded the query or the challenge into entries, and so may be total_pool';
 
@@ -100,6 +107,13 @@ CREATE TABLE payoutq.progress (
 ) WITH (fillfactor = 20);
 COMMENT ON TABLE payoutq.progress IS
 'entries completed and failed, and the amount paid, counted in the transaction of each batch';
+
+-- A job that is archived, and then retried, has both.
+CREATE VIEW payoutq.counts AS
+SELECT p.job_id, p.completed, p.failed, p.paid, p.settled FROM payoutq.progress p
+UNION ALL
+SELECT j.id, j.completed, j.failed, j.paid, j.settled FROM payoutq.job j WHERE j.archived_at IS NOT NULL;
+COMMENT ON VIEW payoutq.counts IS 'what adds up to the counters of a job';
 
 -- Half of each page is left free for HOT updates; no index on the balance.
 CREATE TABLE payoutq.account (

@@ -53,7 +53,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
                        WHERE m.credit_account = account AND m.currency = system_balance.currency), 0)
           - coalesce((SELECT sum(m.amount) FROM payoutq.movement m
                        WHERE m.debit_account = account AND m.currency = system_balance.currency), 0)
-          - coalesce((SELECT sum(p.paid) FROM payoutq.progress p JOIN payoutq.job j ON j.id = p.job_id
+          - coalesce((SELECT sum(p.paid) FROM payoutq.counts p JOIN payoutq.job j ON j.id = p.job_id
                        WHERE j.currency = system_balance.currency AND p.job_id = CASE WHEN account ~ '^@job:[0-9]{1,18}$'
                                              THEN substr(account, 6)::bigint END), 0))::bigint
 $$;

@@ -119,7 +119,7 @@ END $$;
 COMMENT ON FUNCTION @extschema@.payout_preview_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
 'what payout_create_job_from() with the same arguments would do to each entry, were its query run now, with the rights of the caller; writes nothing; errors: those of payout_create_job_from(), and of the query';
 
--- All that is counted comes from a few rows of payoutq.progress, so it costs
+-- All that is counted comes from a few rows of payoutq.counts, so it costs
 -- the same for ten winners and for ten million.
 CREATE VIEW payoutq.status AS
 SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
@@ -138,7 +138,7 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
  CROSS JOIN LATERAL (SELECT coalesce(sum(completed), 0)::bigint AS completed,
                             coalesce(sum(failed), 0)::bigint AS failed,
                             coalesce(sum(settled), 0)::bigint AS settled
-                       FROM payoutq.progress WHERE progress.job_id = j.id) p
+                       FROM payoutq.counts WHERE counts.job_id = j.id) p
  CROSS JOIN LATERAL (SELECT CASE WHEN j.status = 'completed' THEN 1.0000
                                  WHEN j.total_winners > 0
                                  THEN least(round((p.completed + p.failed)::numeric / j.total_winners, 4), 0.9999)

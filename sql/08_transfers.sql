@@ -286,7 +286,8 @@ BEGIN
 
     -- The end of the job is the end of some part. Whoever is last there does not
     -- see those who are at it now.
-    SELECT least(1024, j.total_winners + 1024 * (part + 1)) - sum(p.completed + p.failed) INTO remaining
+    SELECT CASE WHEN j.archived_at IS NULL THEN least(1024, j.total_winners + 1024 * (part + 1)) - sum(p.completed + p.failed) ELSE 0 END
+      INTO remaining
       FROM payoutq.job j JOIN payoutq.progress p ON p.job_id = j.id AND p.part = part
      WHERE j.id = job_id GROUP BY j.id;
     IF remaining < 64 THEN

@@ -7,7 +7,7 @@ SET enable_hashjoin = on SET enable_mergejoin = on SET enable_seqscan = on
 SET enable_bitmapscan = on SET enable_material = on AS $$
 WITH counted AS MATERIALIZED (
     SELECT p.job_id, sum(p.completed) AS completed, sum(p.failed) AS failed, sum(p.paid) AS paid, sum(p.settled) AS settled
-      FROM payoutq.progress p GROUP BY 1
+      FROM payoutq.counts p GROUP BY 1
 ), batched AS MATERIALIZED (
     SELECT b.job_id, min(b.first_seq) AS first_seq, max(b.last_seq) AS last_seq,
            sum(b.last_seq - b.first_seq + 1) AS entries, sum(b.amount) AS amount,

@@ -62,7 +62,7 @@ SELECT c.check_name,
     UNION ALL
     SELECT 'failed_entries', coalesce(sum(p.failed), 0), 0, 'above',
            'entries that failed for good; look at payout_failed_entries, then payout_retry_job()'
-      FROM payoutq.progress p JOIN payoutq.job j ON j.id = p.job_id AND j.status <> 'cancelled'
+      FROM payoutq.counts p JOIN payoutq.job j ON j.id = p.job_id AND j.status <> 'cancelled'
     UNION ALL
     SELECT 'stuck_transfers', count(*), 0, 'above', 'transfers that have not moved for payoutq.confirm_timeout; look at payout_stuck_transfers()'
       FROM @extschema@.payout_stuck_transfers()

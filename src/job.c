@@ -57,9 +57,9 @@ payoutq_finish_job(int64 job_id)
 		" WHERE j.id = $1 AND j.status = 'running' AND j.total_winners IS NOT NULL"
 		"   AND NOT EXISTS (SELECT FROM payoutq.batch b WHERE b.job_id = j.id AND b.status = 'pending')"
 		"   AND (j.provider IS NULL OR j.total_winners ="
-		"        (SELECT sum(p.completed + p.failed) FROM payoutq.progress p WHERE p.job_id = j.id))"
+		"        (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = j.id))"
 		" RETURNING platform_fee, currency, total_winners::bigint ="
-		"   (SELECT sum(completed + failed) FROM payoutq.progress p WHERE p.job_id = j.id)",
+		"   (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = j.id)",
 		2, {INT8OID, TIMESTAMPTZOID}
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};

@@ -67,7 +67,7 @@ static const IntSetting settings[] = {
 	&payoutq_confirm_batch, 20, 1, PAYOUTQ_MAX_CALLS, PGC_SIGHUP, 0},
 	{"payoutq.confirm_timeout", "Sets the time after which a transfer that does not move is stuck.",
 	&payoutq_confirm_timeout, 300, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
-	{"payoutq.retention", "Sets the time after which payout_maintain() removes notifications; 0 keeps them.",
+	{"payoutq.retention", "Sets the time after which payout_maintain() removes notifications and archives jobs; 0 keeps them.",
 	&payoutq_retention, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S},
 };
 
