@@ -159,7 +159,7 @@ BEGIN
     IF NOT payoutq.sending_is_armed() THEN
         RAISE EXCEPTION 'sending is fenced'
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  DETAIL = 'This database was restored or promoted, and may not know what the original has sent.',
+                  DETAIL = 'This database was restored, copied, promoted or upgraded, and may not know what the original has sent.',
                   HINT = 'Make sure that the original does not send, reconcile, then call payout_arm_sending().';
     END IF;
 END $$;
