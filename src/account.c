@@ -66,7 +66,7 @@ payoutq_read_entries(const Claim *claim, BatchEntries *entries)
 		"SELECT array_agg(user_id), array_agg(amount)"
 		"  FROM (SELECT user_id, amount FROM payoutq.entry"
 		"         WHERE job_id = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq) e",
-		3, {INT8OID, INT4OID, INT4OID}
+		3, {INT8OID, INT4OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
@@ -106,7 +106,7 @@ credit_own(const Claim *claim, const BatchEntries *entries)
 	static EngineStatement credit = {
 		"UPDATE payoutq.account SET balance = balance + payoutq.amount_due(user_id)"
 		" WHERE user_id = ANY ($1) AND currency = $2",
-		2, {TEXTARRAYOID, TEXTOID}
+		2, {TEXTARRAYOID, TEXTOID}, NULL
 	};
 	AmountsDue	state = {.entries = entries};
 	Datum		values[] = {entries->users, CStringGetTextDatum(claim->currency)};
@@ -123,7 +123,7 @@ credit_own(const Claim *claim, const BatchEntries *entries)
 	}
 	PG_END_TRY();
 
-	if (credited == entries->count)
+	if (credited == (uint64) entries->count)
 		return 0;
 	if (credited > 0)
 		return CREDIT_AGAIN;
@@ -138,13 +138,13 @@ credit_or_open(const Claim *claim, const BatchEntries *entries)
 		"INSERT INTO payoutq.account AS a"
 		" SELECT e.user_id, $3, e.amount FROM unnest($1, $2) AS e (user_id, amount)"
 		" ON CONFLICT (user_id, currency) DO UPDATE SET balance = a.balance + excluded.balance",
-		3, {TEXTARRAYOID, INT8ARRAYOID, TEXTOID}
+		3, {TEXTARRAYOID, INT8ARRAYOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {entries->users, entries->amounts,
 	CStringGetTextDatum(claim->currency)};
 	uint64		credited = payoutq_execute(&open, values, NULL, SPI_OK_INSERT);
 
-	if (credited != entries->count)
+	if (credited != (uint64) entries->count)
 		elog(ERROR, "credited " UINT64_FORMAT " of %d entries of batch %d of job " INT64_FORMAT,
 			 credited, entries->count, claim->batch_no, claim->job_id);
 }
@@ -208,12 +208,12 @@ change_user(const char *account, const char *currency, int64 amount)
 	static EngineStatement take = {
 		"UPDATE payoutq.account SET balance = balance + $3"
 		" WHERE user_id = $1 AND currency = $2 AND balance + $3 >= 0",
-		3, {TEXTOID, TEXTOID, INT8OID}
+		3, {TEXTOID, TEXTOID, INT8OID}, NULL
 	};
 	static EngineStatement give = {
 		"INSERT INTO payoutq.account AS a VALUES ($1, $2, $3)"
 		" ON CONFLICT (user_id, currency) DO UPDATE SET balance = a.balance + excluded.balance",
-		3, {TEXTOID, TEXTOID, INT8OID}
+		3, {TEXTOID, TEXTOID, INT8OID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(account),
 	CStringGetTextDatum(currency), Int64GetDatum(amount)};
@@ -243,7 +243,7 @@ static int64
 latest_system_balance(const char *account, const char *currency)
 {
 	static EngineStatement balance = {
-		"SELECT payoutq.system_balance($1, $2)", 2, {TEXTOID, TEXTOID}
+		"SELECT payoutq.system_balance($1, $2)", 2, {TEXTOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(account), CStringGetTextDatum(currency)};
 
@@ -298,7 +298,7 @@ payoutq_user_balance_sql(PG_FUNCTION_ARGS)
 {
 	static EngineStatement own = {
 		"SELECT balance FROM payoutq.account WHERE user_id = $1 AND currency = $2",
-		2, {TEXTOID, TEXTOID}
+		2, {TEXTOID, TEXTOID}, NULL
 	};
 	char	   *account = text_to_cstring(PG_GETARG_TEXT_PP(0));
 	char	   *currency = text_to_cstring(PG_GETARG_TEXT_PP(1));

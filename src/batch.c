@@ -54,7 +54,7 @@ static BatchOutcome record_failure(const Claim *claim, ErrorData *error);
 static void wait_for_another_try(const Claim *claim, const ErrorData *error);
 static void wait_or_fail(const Claim *claim, const ErrorData *error);
 static void fail_entries(const Claim *claim, int sqlstate, const char *message);
-static void take_back_at_exit(int code, Datum arg);
+static void take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused());
 static void bisect(const Claim *claim, const ErrorData *error);
 static BatchOutcome missing_accounts(const Claim *claim, int32 *missing, int count);
 static void cut_out(const Claim *claim, const int32 *missing, int count);
@@ -138,7 +138,7 @@ static void
 hold_entries(const Claim *claim)
 {
 	static EngineStatement hold = {
-		"SELECT payoutq.hold_entries($1, $2, $3, $4)", 4, {INT8OID, INT4OID, INT4OID, TEXTOID}
+		"SELECT payoutq.hold_entries($1, $2, $3, $4)", 4, {INT8OID, INT4OID, INT4OID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id), Int32GetDatum(claim->first_seq),
 		Int32GetDatum(claim->last_seq), CStringGetTextDatum(claim->provider)};
@@ -151,7 +151,7 @@ static void
 tell_winners(const Claim *claim)
 {
 	static EngineStatement tell = {
-		"SELECT payoutq.tell_winners($1, $2, $3)", 3, {INT8OID, INT4OID, INT4OID}
+		"SELECT payoutq.tell_winners($1, $2, $3)", 3, {INT8OID, INT4OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->first_seq), Int32GetDatum(claim->last_seq)};
@@ -166,7 +166,7 @@ complete_batch(const Claim *claim)
 		"UPDATE payoutq.batch"
 		"   SET status = 'completed', attempts = attempts + 1, crashes = 0, processed_at = $3"
 		" WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING,
-		3, {INT8OID, INT4OID, TIMESTAMPTZOID}
+		3, {INT8OID, INT4OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no),
@@ -189,7 +189,7 @@ count_progress(const Claim *claim, int completed, int failed, int64 paid)
 		"    SET completed = p.completed + excluded.completed,"
 		"        failed = p.failed + excluded.failed, paid = p.paid + excluded.paid,"
 		"        settled = p.settled + excluded.settled",
-		7, {INT8OID, INT4OID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID}
+		7, {INT8OID, INT4OID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no / 1024),
@@ -209,7 +209,7 @@ payoutq_count_attempt(const Claim *claim)
 {
 	static EngineStatement count = {
 		"UPDATE payoutq.batch SET crashes = crashes + 1 WHERE job_id = $1 AND batch_no = $2",
-		2, {INT8OID, INT4OID}
+		2, {INT8OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
@@ -245,12 +245,12 @@ payoutq_take_attempt_back(const Claim *claim)
 		"       (SELECT job_id, batch_no FROM payoutq.batch"
 		"         WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING " AND crashes > 0"
 		"           FOR UPDATE SKIP LOCKED)",
-		2, {INT8OID, INT4OID}
+		2, {INT8OID, INT4OID}, NULL
 	};
 	static EngineStatement take_query_back = {
 		"UPDATE payoutq.job SET attempts = attempts - 1"
 		" WHERE id IN (SELECT id FROM payoutq.job WHERE id = $1 AND attempts > 0 FOR UPDATE SKIP LOCKED)",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
@@ -266,7 +266,7 @@ payoutq_take_attempt_back(const Claim *claim)
  * Should the commit be lost, one attempt too many is counted.
  */
 static void
-take_back_at_exit(int code, Datum arg)
+take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused())
 {
 	EngineState state;
 	Claim		claim = counted;
@@ -345,7 +345,7 @@ wait_for_another_try(const Claim *claim, const ErrorData *error)
 		"UPDATE payoutq.batch"
 		"   SET attempts = attempts + 1, crashes = 0, run_after = $3, error_code = $4, error = $5"
 		" WHERE job_id = $1 AND batch_no = $2",
-		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no),
@@ -365,7 +365,7 @@ fail_entries(const Claim *claim, int sqlstate, const char *message)
 		"   SET status = 'failed', attempts = attempts + 1, crashes = 0, processed_at = $3,"
 		"       error_code = $4, error = $5"
 		" WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING,
-		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}
+		5, {INT8OID, INT4OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no),
@@ -390,7 +390,7 @@ payoutq_is_mass_failure(int64 job_id, TimestampTz since)
 		"                    WHERE job_id = $1 AND status = 'completed' AND processed_at >= $2)"
 		"   AND EXISTS (SELECT FROM payoutq.batch"
 		"                WHERE job_id = $1 AND status = 'pending' AND attempts = 0)",
-		2, {INT8OID, TIMESTAMPTZOID}
+		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(since)};
 
@@ -465,7 +465,7 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int pieces,
 {
 	static EngineStatement numbers = {
 		"UPDATE payoutq.job SET batches = batches + $2 WHERE id = $1 RETURNING batches",
-		2, {INT8OID, INT4OID}
+		2, {INT8OID, INT4OID}, NULL
 	};
 	static EngineStatement split = {
 		"WITH piece AS ("
@@ -490,7 +490,7 @@ split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int pieces,
 		"        p.status, p.processed_at, p.run_after, $9, $10"
 		"   FROM piece p WHERE p.n > 1",
 		12, {INT8OID, INT4OID, INT4OID, INT4ARRAYOID, INT4ARRAYOID, BOOLARRAYOID,
-			TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, BOOLOID, TIMESTAMPTZOID}
+			TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTOID, TEXTOID, BOOLOID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		wanted[] = {Int64GetDatum(claim->job_id), Int32GetDatum(pieces - 1)};
 	TimestampTz now = GetCurrentTimestamp();

@@ -65,7 +65,7 @@ payout_bind_accounts(PG_FUNCTION_ARGS)
 {
 	static EngineStatement bind = {
 		"SELECT payoutq.bind_accounts($1, $2, $3, $4, $5)",
-		5, {REGCLASSOID, NAMEOID, NAMEOID, TEXTOID, NAMEOID}
+		5, {REGCLASSOID, NAMEOID, NAMEOID, TEXTOID, NAMEOID}, NULL
 	};
 	NameData	created_by;
 	Datum		values[5];
@@ -101,7 +101,7 @@ payoutq_find_binding(const char *currency, Binding *binding)
 {
 	static EngineStatement find = {
 		"SELECT table_name::oid::bigint, key_column, balance_column"
-		"  FROM payoutq.binding WHERE currency = $1", 1, {TEXTOID}
+		"  FROM payoutq.binding WHERE currency = $1", 1, {TEXTOID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(currency)};
 	AttrNumber	key;
@@ -160,7 +160,7 @@ find_missing(const Claim *claim, int32 **missing)
 	bool	   *paid;
 	int			count = 0;
 
-	if (SPI_processed == entries)
+	if (SPI_processed == (uint64) entries)
 		return 0;
 
 	paid = palloc0(entries * sizeof(bool));

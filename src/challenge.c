@@ -21,7 +21,7 @@ payoutq_latest_pools(PG_FUNCTION_ARGS)
 		"             coalesce(sum(amount) FILTER (WHERE side = 'NO'), 0)::bigint,"
 		"             count(*) FILTER (WHERE side = 'YES'), count(*) FILTER (WHERE side = 'NO')]"
 		"  FROM payoutq.movement WHERE kind = 'stake' AND challenge_id = $1",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	MemoryContext caller = CurrentMemoryContext;
 	Datum		values[] = {PG_GETARG_DATUM(0)};
@@ -49,7 +49,7 @@ payoutq_lock_challenge(int64 job_id)
 	static EngineStatement lock = {
 		"SELECT (SELECT count(*) FROM payoutq.challenge WHERE job_id = $1)"
 		"     = (SELECT count(*) FROM (SELECT FROM payoutq.challenge WHERE job_id = $1 FOR UPDATE SKIP LOCKED) l)",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id)};
 	bool		isnull;
@@ -66,7 +66,7 @@ payoutq_complete_challenge(int64 job_id)
 		"UPDATE payoutq.challenge SET completed_at = $2,"
 		"       status = CASE status WHEN 'cancelled' THEN status ELSE 'completed' END"
 		" WHERE job_id = $1 AND completed_at IS NULL",
-		2, {INT8OID, TIMESTAMPTZOID}
+		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 

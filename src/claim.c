@@ -58,7 +58,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		"        (SELECT b.run_after FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'pending'"
 		"          ORDER BY b.run_after LIMIT 1), true))"
 		" ORDER BY priority DESC, id LIMIT $3",
-		5, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID, TEXTOID}
+		5, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID, TEXTOID}, NULL
 	};
 	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[] = {TimestampTzGetDatum(now), Int64GetDatum(only_job),
@@ -217,7 +217,7 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 		"   AND (b.run_after, b.batch_no) > ($2, $3) AND b.run_after <= $4"
 		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
 		" ORDER BY b.run_after, b.batch_no LIMIT 1 FOR UPDATE OF b SKIP LOCKED",
-		4, {INT8OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID}
+		4, {INT8OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job->id), TimestampTzGetDatum(run_after),
 		Int32GetDatum(batch_no), TimestampTzGetDatum(GetCurrentTimestamp())};
@@ -269,7 +269,7 @@ nothing_claimed(ActiveJob *job)
 	static EngineStatement due = {
 		"SELECT run_after FROM payoutq.batch WHERE job_id = $1 AND status = 'pending'"
 		" ORDER BY run_after LIMIT 1",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job->id)};
 	TimestampTz now = GetCurrentTimestamp();
@@ -301,7 +301,7 @@ payoutq_reclaim(const Claim *claim)
 		"   AND b.first_seq = $3 AND b.last_seq = $4"
 		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
 		" FOR UPDATE OF b SKIP LOCKED",
-		4, {INT8OID, INT4OID, INT4OID, INT4OID}
+		4, {INT8OID, INT4OID, INT4OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 		Int32GetDatum(claim->batch_no), Int32GetDatum(claim->first_seq),
@@ -318,7 +318,7 @@ payoutq_next_due(TimestampTz now)
 	static EngineStatement future = {
 		"SELECT run_at FROM payoutq.job WHERE status IN ('queued', 'running') AND run_at > $1"
 		" ORDER BY run_at LIMIT 1",
-		1, {TIMESTAMPTZOID}
+		1, {TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {TimestampTzGetDatum(now)};
 	bool		isnull;

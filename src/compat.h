@@ -42,7 +42,7 @@
 
 /* Wait events have names of their own since PostgreSQL 17. */
 static inline uint32
-payoutq_wait_event(uint32 *cache, const char *name)
+payoutq_wait_event(uint32 *cache pg_attribute_unused(), const char *name pg_attribute_unused())
 {
 #if PG_VERSION_NUM >= 170000
 	if (*cache == 0)

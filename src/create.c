@@ -250,7 +250,7 @@ insert_job(const JobSpec *spec, bytea *hash)
 		"         EXISTS (SELECT FROM payoutq.binding b WHERE b.currency = $4))"
 		" ON CONFLICT (reference) DO NOTHING RETURNING id",
 		16, {TEXTOID, BYTEAOID, INT8OID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID,
-			TEXTARRAYOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID, TEXTOID}
+			TEXTARRAYOID, NAMEOID, INT4OID, INT4OID, TIMESTAMPTZOID, JSONBOID, TEXTOID, TEXTOID}, NULL
 	};
 	NameData	created_by;
 	int64		pool = spec->has_pool ? spec->total_pool : spec->winners.total + spec->fee;
@@ -291,7 +291,7 @@ existing_job(const JobSpec *spec, bytea *hash)
 {
 	static EngineStatement find = {
 		"SELECT id, payload_hash = $2 FROM payoutq.job WHERE reference = $1",
-		2, {TEXTOID, BYTEAOID}
+		2, {TEXTOID, BYTEAOID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(spec->reference), PointerGetDatum(hash)};
 	int64		job_id;
@@ -349,7 +349,7 @@ write_entries(const JobSpec *spec, int64 job_id)
 {
 	static EngineStatement complete = {
 		"UPDATE payoutq.job SET amount = $2, total_winners = $3, batches = $4 WHERE id = $1",
-		4, {INT8OID, INT8OID, INT4OID, INT4OID}
+		4, {INT8OID, INT8OID, INT4OID, INT4OID}, NULL
 	};
 	EntryWriter *writer = payoutq_entries_begin(job_id, spec->batch_size);
 	int32		batches;
@@ -379,7 +379,7 @@ refuse_stakes(int64 job_id, const char *source_account)
 		"SELECT FROM payoutq.challenge"
 		" WHERE id = CASE WHEN $2 ~ '^@challenge:[0-9]{1,18}$' THEN substr($2, 12)::bigint END"
 		"   AND completed_at IS NULL AND job_id IS DISTINCT FROM $1",
-		2, {INT8OID, TEXTOID}
+		2, {INT8OID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(source_account)};
 
@@ -398,7 +398,7 @@ payoutq_fund_job(int64 job_id, const char *source_account, const char *currency,
 	static EngineStatement post = {
 		"INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id)"
 		" VALUES ('funding', $2, '@job:' || $1, $3, $4, $1)",
-		4, {INT8OID, TEXTOID, TEXTOID, INT8OID}
+		4, {INT8OID, TEXTOID, TEXTOID, INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(source_account),
 		CStringGetTextDatum(currency), Int64GetDatum(amount)};

@@ -95,7 +95,7 @@ void
 payoutq_ask_for_dispatcher(void)
 {
 	static EngineStatement due = {
-		"SELECT payoutq.sending_due() IS NOT NULL", 0, {0}
+		"SELECT payoutq.sending_due() IS NOT NULL", 0, {0}, NULL
 	};
 	bool		is_there;
 	bool		isnull;
@@ -154,7 +154,7 @@ static bool
 turn(TimestampTz now, TimestampTz *due)
 {
 	static EngineStatement next = {
-		"SELECT payoutq.sending_due()", 0, {0}
+		"SELECT payoutq.sending_due()", 0, {0}, NULL
 	};
 	static TimestampTz next_claim = 0;
 	static uint64 generation = 0;
@@ -238,7 +238,7 @@ static void
 load_providers(void)
 {
 	static EngineStatement load = {
-		"SELECT name, options, open_until, sends_only FROM payoutq.sending_providers()", 0, {0}
+		"SELECT name, options, open_until, sends_only FROM payoutq.sending_providers()", 0, {0}, NULL
 	};
 	int			count = payoutq_execute(&load, NULL, NULL, SPI_OK_SELECT);
 	MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
@@ -297,7 +297,7 @@ static bool
 sending_is_armed(void)
 {
 	static EngineStatement armed = {
-		"SELECT payoutq.sending_is_armed(), payoutq.key_origin()", 0, {0}
+		"SELECT payoutq.sending_is_armed(), payoutq.key_origin()", 0, {0}, NULL
 	};
 	bool		isnull;
 
@@ -399,7 +399,7 @@ claim_sends(Provider *provider, int count)
 		"SELECT transfer_id, attempt_token::text, attempt, idempotency_key, user_id, destination, amount, currency,"
 		"       job_id, entry, due_at"
 		"  FROM payoutq.claim_transfers($1, $2, make_interval(secs => $3), $4, $5, $6)",
-		6, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID, TIMESTAMPTZOID}
+		6, {TEXTOID, INT4OID, FLOAT8OID, TEXTARRAYOID, BOOLOID, TIMESTAMPTZOID}, NULL
 	};
 	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[6];
@@ -482,7 +482,7 @@ claim_pushes(Provider *provider, int count)
 {
 	static EngineStatement claim = {
 		"SELECT notification_id, attempt, user_id, type, data FROM payoutq.claim_pushes($1, $2)",
-		2, {INT4OID, TEXTARRAYOID}
+		2, {INT4OID, TEXTARRAYOID}, NULL
 	};
 	Datum		values[] = {Int32GetDatum(count), PointerGetDatum(busy_with(provider, CALL_PUSH))};
 	int			rows = payoutq_execute(&claim, values, NULL, SPI_OK_SELECT);
@@ -509,7 +509,7 @@ busy_with(const Provider *provider, CallPurpose purpose)
 	Datum	   *names = palloc(Max(1, provider->sending) * sizeof(Datum));
 	int			count = 0;
 
-	for (int i = 0; i < lengthof(calls); i++)
+	for (size_t i = 0; i < lengthof(calls); i++)
 	{
 		ListCell   *cell;
 
@@ -530,7 +530,7 @@ claim_confirmations(Provider *provider, int count)
 	static EngineStatement claim = {
 		"SELECT transfer_id, provider_reference, amount, currency, destination, due_at"
 		"  FROM payoutq.claim_confirmations($1, $2, make_interval(secs => $3), $4)",
-		4, {TEXTOID, INT4OID, FLOAT8OID, TIMESTAMPTZOID}
+		4, {TEXTOID, INT4OID, FLOAT8OID, TIMESTAMPTZOID}, NULL
 	};
 	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[] = {CStringGetTextDatum(provider->name), Int32GetDatum(count),
@@ -563,7 +563,7 @@ claim_lookups(Provider *provider, int count)
 	static EngineStatement claim = {
 		"SELECT transfer_id, idempotency_key, destination, amount, currency, job_id"
 		"  FROM payoutq.claim_lookups($1, $2, make_interval(secs => $3))",
-		3, {TEXTOID, INT4OID, FLOAT8OID}
+		3, {TEXTOID, INT4OID, FLOAT8OID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(provider->name), Int32GetDatum(count),
 	Float8GetDatum((provider->timeout_ms + LEASE_MARGIN_MS) / 1000.0)};
@@ -742,16 +742,16 @@ record(Call *call)
 	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "unreachable", "unfunded", "rejected", "absent"};
 	static EngineStatement answer = {
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",
-		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}
+		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}, NULL
 	};
 	static EngineStatement confirmation = {
-		"SELECT payoutq.record_confirmation($1, $2, $3)", 3, {INT8OID, TEXTOID, TEXTOID}
+		"SELECT payoutq.record_confirmation($1, $2, $3)", 3, {INT8OID, TEXTOID, TEXTOID}, NULL
 	};
 	static EngineStatement lookup = {
-		"SELECT payoutq.record_lookup($1, $2, $3, $4, $5)", 5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+		"SELECT payoutq.record_lookup($1, $2, $3, $4, $5)", 5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}, NULL
 	};
 	static EngineStatement push = {
-		"SELECT payoutq.record_push($1, $2, $3, $4, $5, $6)", 6, {INT8OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, INT4OID}
+		"SELECT payoutq.record_push($1, $2, $3, $4, $5, $6)", 6, {INT8OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, INT4OID}, NULL
 	};
 	Datum		reason = call->reason ? CStringGetTextDatum(call->reason) : (Datum) 0;
 	char		nulls[] = "       ";

@@ -468,7 +468,7 @@ payoutq_lock_job_sql(PG_FUNCTION_ARGS)
 }
 
 Datum
-payoutq_origin_sql(PG_FUNCTION_ARGS)
+payoutq_origin_sql(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	PG_RETURN_TEXT_P(cstring_to_text(payoutq_origin()));
 }

@@ -169,7 +169,7 @@ write_batches(EntryWriter *writer, TimestampTz run_after)
 		"INSERT INTO payoutq.batch (job_id, batch_no, first_seq, last_seq, amount, run_after)"
 		" SELECT $1, n, (n - 1) * $2 + 1, least(n * $2::bigint, $3), amount, $5"
 		"   FROM unnest($4) WITH ORDINALITY AS b (amount, n)",
-		5, {INT8OID, INT4OID, INT4OID, INT8ARRAYOID, TIMESTAMPTZOID}
+		5, {INT8OID, INT4OID, INT4OID, INT8ARRAYOID, TIMESTAMPTZOID}, NULL
 	};
 	int			batches = (writer->seq + writer->batch_size - 1) / writer->batch_size;
 	Datum		values[] = {Int64GetDatum(writer->job_id),

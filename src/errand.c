@@ -235,7 +235,7 @@ payout_schedule(PG_FUNCTION_ARGS)
 {
 	static EngineStatement schedule = {
 		"SELECT payoutq.schedule($1, $2, $3, $4, $5)::bigint", 5,
-		{TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}
+		{TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(GetUserNameFromId(GetUserId(), false)), 0, 0, 0, 0};
 	char		nulls[] = "     ";

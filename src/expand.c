@@ -144,7 +144,7 @@ payoutq_query_settings(void)
 	}
 	settings[count++] = CStringGetTextDatum("search_path");
 	settings[count++] = CStringGetTextDatum(path.len > 0 ? path.data : "\"\"");
-	for (int i = 0; i < lengthof(names); i++)
+	for (size_t i = 0; i < lengthof(names); i++)
 	{
 		settings[count++] = CStringGetTextDatum(names[i]);
 		settings[count++] = CStringGetTextDatum(GetConfigOptionByName(names[i], NULL, false));
@@ -222,7 +222,7 @@ load(Expansion *e)
 		" WHERE id = $1 AND status = 'running' AND total_winners IS NULL"
 		" RETURNING query, settings, created_by, currency, source_account, batch_size,"
 		"           platform_fee, total_pool, attempts",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id)};
 	bool		isnull;
@@ -317,7 +317,7 @@ open_shares(const Expansion *e)
 {
 	static EngineStatement shares = {
 		"SELECT user_id, amount FROM payoutq.challenge_shares($1) ORDER BY user_id COLLATE \"C\"",
-		1, {INT8OID}
+		1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id)};
 
@@ -339,7 +339,7 @@ become_creator(const Expansion *e, EngineState *ours)
 				 errmsg("role \"%s\", which created the job, does not exist", e->created_by)));
 
 	payoutq_foreign_enter(ours, superuser ? ROLE_PG_READ_ALL_DATA : role);
-	for (int i = 0; i < lengthof(plans); i++)
+	for (size_t i = 0; i < lengthof(plans); i++)
 		payoutq_set_local(plans[i], "on");
 	for (int i = 0; i + 1 < e->setting_count; i += 2)
 		payoutq_set_local(TextDatumGetCString(e->settings[i]), TextDatumGetCString(e->settings[i + 1]));
@@ -396,7 +396,7 @@ static void
 require_running(const Expansion *e)
 {
 	static EngineStatement find = {
-		"SELECT FROM payoutq.job WHERE id = $1 AND status = 'running'", 1, {INT8OID}
+		"SELECT FROM payoutq.job WHERE id = $1 AND status = 'running'", 1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id)};
 
@@ -414,7 +414,7 @@ complete(const Expansion *e)
 		"UPDATE payoutq.job SET amount = $2, total_winners = $3, batches = $4,"
 		"       total_pool = coalesce(total_pool, $2 + platform_fee)"
 		" WHERE id = $1 AND total_winners IS NULL",
-		4, {INT8OID, INT8OID, INT4OID, INT4OID}
+		4, {INT8OID, INT8OID, INT4OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id), Int64GetDatum(e->total),
 		Int32GetDatum((int32) e->entries), Int32GetDatum(e->batches)};
@@ -428,7 +428,7 @@ try_again_later(const Expansion *e)
 {
 	static EngineStatement wait = {
 		"UPDATE payoutq.job SET run_at = $2 WHERE id = $1 AND status = 'running'",
-		2, {INT8OID, TIMESTAMPTZOID}
+		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id),
 		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), BACKOFF_STEPS))};

@@ -41,7 +41,7 @@ static const FailureRule rules[] = {
 FailureClass
 payoutq_classify(int sqlstate)
 {
-	for (int i = 0; i < lengthof(rules); i++)
+	for (size_t i = 0; i < lengthof(rules); i++)
 	{
 		int			s = rules[i].whole_class ? ERRCODE_TO_CATEGORY(sqlstate) : sqlstate;
 

@@ -40,7 +40,7 @@ payoutq_begin_job(int64 job_id)
 	static EngineStatement begin = {
 		"UPDATE payoutq.job SET status = 'running', started_at = coalesce(started_at, $2)"
 		" WHERE id = $1 AND status = 'queued'",
-		2, {INT8OID, TIMESTAMPTZOID}
+		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 
@@ -60,7 +60,7 @@ payoutq_finish_job(int64 job_id)
 		"        (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = j.id))"
 		" RETURNING platform_fee, currency, total_winners::bigint ="
 		"   (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = j.id)",
-		2, {INT8OID, TIMESTAMPTZOID}
+		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(GetCurrentTimestamp())};
 	bool		isnull;
@@ -85,7 +85,7 @@ post_fee(int64 job_id, int64 fee, const char *currency)
 		"INSERT INTO payoutq.movement (kind, debit_account, credit_account, currency, amount, job_id)"
 		" VALUES ('fee', '@job:' || $1, '@platform', $2, $3, $1)"
 		" ON CONFLICT (job_id) WHERE kind = 'fee' DO NOTHING",
-		3, {INT8OID, TEXTOID, INT8OID}
+		3, {INT8OID, TEXTOID, INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(currency), Int64GetDatum(fee)};
 
@@ -100,7 +100,7 @@ payoutq_fail_job(int64 job_id, int sqlstate, const char *message)
 	static EngineStatement fail = {
 		"UPDATE payoutq.job SET status = 'failed', completed_at = $4, error_code = $2, error = $3"
 		" WHERE id = $1 AND status IN ('queued', 'running')",
-		4, {INT8OID, TEXTOID, TEXTOID, TIMESTAMPTZOID}
+		4, {INT8OID, TEXTOID, TEXTOID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id),
 		CStringGetTextDatum(unpack_sql_state(sqlstate)),
@@ -133,7 +133,7 @@ payoutq_adopt_jobs(void)
 		"             WHERE status IN ('pending', 'active', 'pending_admin') AND origin < $1)"
 		" OR EXISTS (SELECT FROM payoutq.challenge"
 		"             WHERE status IN ('pending', 'active', 'pending_admin') AND origin > $1)",
-		1, {TEXTOID}
+		1, {TEXTOID}, NULL
 	};
 	static EngineStatement adopt = {
 		"WITH amiss AS (SELECT string_agg(check_name, ', ') AS checks FROM payoutq.verify() WHERE NOT ok),"
@@ -147,7 +147,7 @@ payoutq_adopt_jobs(void)
 		" UPDATE payoutq.job j SET origin = CASE WHEN waits_for IS NULL THEN $1 ELSE origin END,"
 		"        error = 'restored, and waits for ' || waits_for"
 		"   FROM looked WHERE j.id = looked.id",
-		1, {TEXTOID}
+		1, {TEXTOID}, NULL
 	};
 	Datum		values[] = {CStringGetTextDatum(payoutq_origin())};
 	TimestampTz now = GetCurrentTimestamp();
@@ -172,7 +172,7 @@ void
 payoutq_require_job(int64 job_id)
 {
 	static EngineStatement find = {
-		"SELECT FROM payoutq.job WHERE id = $1", 1, {INT8OID}
+		"SELECT FROM payoutq.job WHERE id = $1", 1, {INT8OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id)};
 	EngineState state;
@@ -194,7 +194,7 @@ static void
 announce(int64 job_id, const char *event)
 {
 	static EngineStatement tell = {
-		"SELECT payoutq.announce($1, $2)", 2, {INT8OID, TEXTOID}
+		"SELECT payoutq.announce($1, $2)", 2, {INT8OID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), CStringGetTextDatum(event)};
 

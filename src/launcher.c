@@ -82,7 +82,7 @@ payoutq_register_launcher(void)
 }
 
 void
-payoutq_launcher_main(Datum arg)
+payoutq_launcher_main(Datum arg pg_attribute_unused())
 {
 	static uint32 event = 0;
 	MemoryContext loop_context;
@@ -127,7 +127,7 @@ payoutq_launcher_main(Datum arg)
 }
 
 static void
-detach_launcher(int code, Datum arg)
+detach_launcher(int code pg_attribute_unused(), Datum arg pg_attribute_unused())
 {
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	payoutq_shared->launcher_proc = -1;
@@ -455,7 +455,7 @@ forget_stillborn(TimestampTz now)
  * without, start one that looks for work by itself.
  */
 Datum
-payoutq_start_worker_sql(PG_FUNCTION_ARGS)
+payoutq_start_worker_sql(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	BackgroundWorker worker;
 
@@ -488,7 +488,7 @@ payoutq_start_worker_sql(PG_FUNCTION_ARGS)
 
 /* payoutq.stop_workers(): end those of this database, and start no others. */
 Datum
-payoutq_stop_workers_sql(PG_FUNCTION_ARGS)
+payoutq_stop_workers_sql(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	DatabaseSlot *slot;
 

@@ -289,6 +289,6 @@ payout_process(PG_FUNCTION_ARGS)
 	if (!PG_ARGISNULL(1))
 		payoutq_require_job(job_id);
 
-	(void) payoutq_process(max_batches == 0 ? PG_UINT64_MAX : max_batches, job_id);
+	(void) payoutq_process(max_batches == 0 ? PG_UINT64_MAX : (uint64) max_batches, job_id);
 	PG_RETURN_VOID();
 }

@@ -142,7 +142,7 @@ payoutq_provider_validator(PG_FUNCTION_ARGS)
 static const ProviderKind *
 find_kind(const char *name)
 {
-	for (int i = 0; i < lengthof(kinds); i++)
+	for (size_t i = 0; i < lengthof(kinds); i++)
 		if (strcmp(kinds[i]->name, name) == 0)
 			return kinds[i];
 	return NULL;
@@ -155,7 +155,7 @@ check_option(const char *name, const char *value, Oid catalog)
 	const ProviderOption *option = NULL;
 	const char *mark;
 
-	for (int i = 0; i < lengthof(options_allowed); i++)
+	for (size_t i = 0; i < lengthof(options_allowed); i++)
 		if (options_allowed[i].catalog == catalog && strcmp(options_allowed[i].name, name) == 0)
 			option = &options_allowed[i];
 	if (option == NULL)
@@ -202,7 +202,7 @@ check_option(const char *name, const char *value, Oid catalog)
 			break;
 		case OPTION_CHANNEL:
 			mark = strstr(value, "%s");
-			if (mark == NULL || strspn(value, ALPHANUMERIC "_-=@,.;") != mark - value ||
+			if (mark == NULL || strspn(value, ALPHANUMERIC "_-=@,.;") != (size_t) (mark - value) ||
 				strspn(mark + 2, ALPHANUMERIC "_-=@,.;") != strlen(mark + 2) || strlen(value) > 164)
 				ereport(ERROR,
 						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -392,7 +392,7 @@ payoutq_hmac_sha256(const char *secret, const char *text, int length)
 		pg_hmac_final(context, hash, sizeof(hash)) < 0)
 		elog(ERROR, "could not compute a signature");
 	pg_hmac_free(context);
-	for (int i = 0; i < sizeof(hash); i++)
+	for (size_t i = 0; i < sizeof(hash); i++)
 		snprintf(hex + 2 * i, 3, "%02x", hash[i]);
 	return hex;
 }
@@ -407,7 +407,7 @@ payoutq_parse_json(const char *json, int length)
 	MemoryContext context = CurrentMemoryContext;
 	Jsonb	   *volatile parsed = NULL;
 
-	if (strlen(json) != length)
+	if (strlen(json) != (size_t) length)
 		return NULL;
 	PG_TRY();
 	{
@@ -457,7 +457,7 @@ payoutq_signature_is_valid(PG_FUNCTION_ARGS)
 		"SELECT o.option_value FROM pg_foreign_server s"
 		"  JOIN pg_user_mapping m ON m.umserver = s.oid AND m.umuser = 0, pg_options_to_table(m.umoptions) o"
 		" WHERE s.srvname = $1 AND o.option_name = 'webhook_secret'",
-		1, {TEXTOID}
+		1, {TEXTOID}, NULL
 	};
 	Datum		values[] = {PG_GETARG_DATUM(0)};
 	char	   *header = text_to_cstring(PG_GETARG_TEXT_PP(1));

@@ -76,7 +76,7 @@ PG_FUNCTION_INFO_V1(payoutq_setting_sql);
 void
 payoutq_define_settings(void)
 {
-	for (int i = 0; i < lengthof(settings); i++)
+	for (size_t i = 0; i < lengthof(settings); i++)
 	{
 		const IntSetting *s = &settings[i];
 

@@ -173,7 +173,7 @@ register_callback(void)
 }
 
 static void
-at_end(XactEvent event, void *arg)
+at_end(XactEvent event, void *arg pg_attribute_unused())
 {
 	switch (event)
 	{
@@ -439,7 +439,7 @@ payoutq_is_avoided(int64 job_id, TimestampTz now)
 }
 
 Datum
-payoutq_wake_sql(PG_FUNCTION_ARGS)
+payoutq_wake_sql(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	payoutq_wake_at_commit();
 	PG_RETURN_VOID();
@@ -447,7 +447,7 @@ payoutq_wake_sql(PG_FUNCTION_ARGS)
 
 /* Not the workers: a job that begins or ends is nothing new to do. */
 Datum
-payoutq_tell_waiters(PG_FUNCTION_ARGS)
+payoutq_tell_waiters(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	payoutq_announce_at_commit();
 	PG_RETURN_VOID();
@@ -455,7 +455,7 @@ payoutq_tell_waiters(PG_FUNCTION_ARGS)
 
 /* After an INSERT into payoutq.job, be it by a restore. */
 Datum
-payoutq_wake_trigger(PG_FUNCTION_ARGS)
+payoutq_wake_trigger(PG_FUNCTION_ARGS pg_attribute_unused())
 {
 	payoutq_wake_at_commit();
 	PG_RETURN_POINTER(NULL);

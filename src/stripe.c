@@ -58,7 +58,7 @@ build_send(Call *call)
 }
 
 static bool
-can_confirm(const Provider *provider)
+can_confirm(const Provider *provider pg_attribute_unused())
 {
 	return true;
 }

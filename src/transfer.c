@@ -95,7 +95,7 @@ payoutq_check_transition(PG_FUNCTION_ARGS)
 	char	   *from = SPI_getvalue(data->tg_trigtuple, desc, column);
 	char	   *to = SPI_getvalue(data->tg_newtuple, desc, column);
 
-	for (int i = 0; i < lengthof(transitions); i++)
+	for (size_t i = 0; i < lengthof(transitions); i++)
 		if (strcmp(from, transitions[i].from) == 0 && strcmp(to, transitions[i].to) == 0)
 			return PointerGetDatum(data->tg_newtuple);
 
@@ -111,10 +111,10 @@ payout_on_confirm(PG_FUNCTION_ARGS)
 	static EngineStatement set = {
 		"INSERT INTO payoutq.confirm_callback VALUES ($1, $2, $3)"
 		" ON CONFLICT (provider) DO UPDATE SET callback = excluded.callback, settings = excluded.settings",
-		3, {TEXTOID, TEXTOID, TEXTARRAYOID}
+		3, {TEXTOID, TEXTOID, TEXTARRAYOID}, NULL
 	};
 	static EngineStatement unset = {
-		"DELETE FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}
+		"DELETE FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}, NULL
 	};
 	Datum		values[3];
 	EngineState state;
@@ -164,7 +164,7 @@ Datum
 payoutq_call_confirm_callback(PG_FUNCTION_ARGS)
 {
 	static EngineStatement find = {
-		"SELECT callback, settings FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}
+		"SELECT callback, settings FROM payoutq.confirm_callback WHERE provider = $1", 1, {TEXTOID}, NULL
 	};
 	Datum		values[] = {PG_GETARG_DATUM(1)};
 	Datum		transfer[] = {PG_GETARG_DATUM(0)};
@@ -232,7 +232,7 @@ payoutq_call_callbacks(void)
 		"SELECT id FROM payoutq.transfer"
 		" WHERE status = 'sent' AND confirmed_at IS NOT NULL AND run_after <= clock_timestamp()"
 		" ORDER BY run_after LIMIT $1 FOR UPDATE SKIP LOCKED",
-		1, {INT4OID}
+		1, {INT4OID}, NULL
 	};
 	Datum		values[] = {Int32GetDatum(CALLBACKS_AT_ONCE)};
 	TimestampTz next = payoutq_callbacks_due();
@@ -266,10 +266,10 @@ static void
 complete(int64 transfer_id)
 {
 	static EngineStatement one = {
-		"SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t WHERE t.id = $1", 1, {INT8OID}
+		"SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t WHERE t.id = $1", 1, {INT8OID}, NULL
 	};
 	static EngineStatement postpone = {
-		"SELECT payoutq.postpone_callback($1, $2)", 2, {INT8OID, TEXTOID}
+		"SELECT payoutq.postpone_callback($1, $2)", 2, {INT8OID, TEXTOID}, NULL
 	};
 	Datum		values[2] = {Int64GetDatum(transfer_id)};
 	MemoryContext context = CurrentMemoryContext;
@@ -305,7 +305,7 @@ payoutq_callbacks_due(void)
 	static EngineStatement next = {
 		"SELECT run_after FROM payoutq.transfer WHERE status = 'sent' AND confirmed_at IS NOT NULL"
 		" ORDER BY run_after LIMIT 1",
-		0, {0}
+		0, {0}, NULL
 	};
 	bool		isnull;
 

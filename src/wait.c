@@ -71,7 +71,7 @@ static char *
 read_status(int64 job_id)
 {
 	static EngineStatement find = {
-		"SELECT status FROM payoutq.job WHERE id = $1", 1, {INT8OID}
+		"SELECT status FROM payoutq.job WHERE id = $1", 1, {INT8OID}, NULL
 	};
 	MemoryContext caller = CurrentMemoryContext;
 	Datum		values[] = {Int64GetDatum(job_id)};

@@ -150,7 +150,7 @@ attach(int slot, TimestampTz started)
 }
 
 static void
-detach(int code, Datum arg)
+detach(int code, Datum arg pg_attribute_unused())
 {
 	DatabaseSlot *database;
 	bool		was_dispatcher;
