@@ -160,6 +160,7 @@ read_answer(Call *call)
 			break;
 		case 401:
 		case 403:
+		case 404:				/* there is no such application */
 			call->outcome = CALL_REFUSED;
 			break;
 		case 429:
@@ -169,7 +170,6 @@ read_answer(Call *call)
 			call->outcome = CALL_UNREACHABLE;
 			break;
 		case 400:
-		case 404:
 		case 413:
 			call->outcome = CALL_PERMANENT;
 			break;

@@ -110,7 +110,6 @@ my @rows = (
 	[ '202', 'HTTP 202: {}', { status => 202, body => '{}' } ],
 	[ '301', 'HTTP 301: moved', { status => 301, body => 'moved', headers => { Location => "$faulty->{url}/base/apps/3/events" } } ],
 	[ '400', 'HTTP 400: no', { status => 400, body => 'no' } ],
-	[ '404', 'HTTP 404: no', { status => 404, body => 'no' } ],
 	[ '413', 'HTTP 413', { status => 413, body => '' } ],
 	[ '500', 'HTTP 500: done?', { status => 500, body => 'done?' } ],
 	[ '502', 'HTTP 502', { status => 502, body => '' } ],
@@ -120,6 +119,7 @@ my @rows = (
 	[ '429', '', { status => 429, body => '', headers => { 'Retry-After' => '1' } }, { %fine } ],
 	[ '401', '', { status => 401, body => '' }, { %fine } ],
 	[ '403', '', { status => 403, body => '' }, { %fine } ],
+	[ '404', '', { status => 404, body => 'no' }, { %fine } ],
 );
 foreach my $row (@rows)
 {
