@@ -337,7 +337,7 @@ END $$;
 CREATE FUNCTION payoutq.key_life(provider text) RETURNS interval
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours');
+    RETURN coalesce(payoutq.provider_option(provider, 'key_life'), '23 hours')::interval;
 END $$;
 
 -- Transfers whose key was used three times, or may have been forgotten by the

@@ -477,9 +477,10 @@ BEGIN
              WHERE l.times = 1 AND l.uses = 1
                AND t.provider = provider AND t.provider_reference IS NULL AND t.amount = l.amount
                AND lower(t.currency) = l.currency AND t.destination = l.destination
-               AND (t.status <> 'processing' OR t.run_after <= clock_timestamp())  -- else it will be reported
              ORDER BY t.id FOR UPDATE OF t
         LOOP
+            -- What is under way will be reported.
+            CONTINUE WHEN (made.transfer).status = 'processing' AND (made.transfer).run_after > clock_timestamp();
             PERFORM payoutq.adopt_transfer(made.transfer, made.key, made.reference);
         END LOOP;
         PERFORM payoutq.wake();

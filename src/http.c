@@ -231,10 +231,8 @@ classify(Call *call)
 static void
 read_answer(Call *call)
 {
-	const char *answer = call->answer ? call->answer : "";
-
 	call->json = NULL;
-	if (!is_text(answer, call->length))
+	if (call->answer && !is_text(call->answer, call->length))
 	{
 		if (call->purpose == CALL_PUSH)
 		{
@@ -247,7 +245,7 @@ read_answer(Call *call)
 		call->reason = pstrdup("the answer is not text in the encoding of the database");
 		return;
 	}
-	call->json = payoutq_parse_json(answer, call->length);
+	call->json = payoutq_parse_json(call->answer ? call->answer : "", call->length);
 	call->provider->kind->read_answer(call);
 	if (call->purpose != CALL_CONFIRM && call->reference &&
 		(call->reference[0] == '\0' || strlen(call->reference) > MAX_REFERENCE))

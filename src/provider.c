@@ -226,7 +226,7 @@ check_pusher(const char *kind, const char *base_url, bool has_app, bool has_chan
 		ereport(ERROR,
 				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
 				 errmsg("a provider of kind \"%s\" needs the option \"%s\"", kind, "app_id")));
-	if (is_pusher && strchr(base_url, '?'))
+	if (is_pusher && base_url && strchr(base_url, '?'))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("option \"%s\" of a provider of kind \"%s\" must not have a query", "base_url", kind)));

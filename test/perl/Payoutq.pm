@@ -74,7 +74,8 @@ sub start_node
 	my $preload = $options{preload} // 'payoutq';
 	my $node = PostgreSQL::Test::Cluster->new($name);
 
-	$node->init(allows_streaming => $options{streaming} // 0, has_archiving => $options{archiving} // 0);
+	$node->init(allows_streaming => $options{streaming} // 0, has_archiving => $options{archiving} // 0,
+		extra => [ '--encoding=UTF8', '--no-locale' ]);  # whatever the environment says
 
 	# The module turns restart_after_crash off; a test that kills a worker
 	# wants what users have.
