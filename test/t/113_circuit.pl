@@ -65,7 +65,7 @@ create_provider($node, 'app', 'down', base_url => $port->{url}, api_key => $secr
 my $down = pay('down', 'down', 2);
 foreach my $n (1 .. 5)
 {
-	ok(wait_for($node, 'app', q{SELECT open_until > clock_timestamp(), reason FROM payout_providers WHERE provider = 'down'}, "t|Couldn't connect to server"),
+	ok(wait_for($node, 'app', q{SELECT open_until > clock_timestamp() AND reason ~ ' connect to server$' FROM payout_providers WHERE provider = 'down'}),
 		"try $n: nobody listens");
 	$node->safe_psql('app', $close);
 }

@@ -80,7 +80,7 @@ notify('ann') foreach 1 .. 3;
 notify('bob') foreach 1 .. 2;
 ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_notifications WHERE user_id IN ('ann', 'bob') AND push_error LIKE 'Couldn''t connect%'}, 2),
 	'the first of each user is tried');
-is($node->safe_psql('app', q{SELECT reason FROM payout_providers WHERE provider = 'push'}), q{Couldn't connect to server}, 'as payout_providers says');
+like($node->safe_psql('app', q{SELECT reason FROM payout_providers WHERE provider = 'push'}), qr/ connect to server$/, 'as payout_providers says');
 restart_server();
 @got = received(5);
 is(join(' ', map { $_->{data}{id} } grep { $_->{channel} =~ /ann/ } @got), ids('ann', 3), 'when it is back all arrive, in order');
@@ -215,7 +215,7 @@ is(scalar(@{ requests() }), 2, 'and not pushed again');
 $node->safe_psql('app', q{ALTER SERVER push OPTIONS (SET base_url 'http://127.0.0.1:1', SET timeout '1s')});
 settle();
 notify('ann') foreach 1 .. 2;
-ok(wait_for($node, 'app', q{SELECT push_error FROM payout_notifications ORDER BY id DESC OFFSET 1 LIMIT 1}, q{Couldn't connect to server}), 'two are due');
+ok(wait_for($node, 'app', q{SELECT push_error ~ ' connect to server$' FROM payout_notifications ORDER BY id DESC OFFSET 1 LIMIT 1}), 'two are due');
 my $dump = PostgreSQL::Test::Utils::tempdir() . '/dump';
 $node->command_ok([ 'pg_dump', '-d', $node->connstr('app'), '-f', $dump ], 'dump');
 $node->safe_psql('postgres', 'CREATE DATABASE copy');
