@@ -86,7 +86,7 @@ payoutq_define_settings(void)
 	}
 
 	DefineCustomBoolVariable("payoutq.allow_drop",
-							 "Sets whether the extension may be dropped while its ledger has entries.",
+							 "Sets whether the extension may be dropped while its ledger has entries, and a provider while it has transfers.",
 							 NULL, &payoutq_allow_drop, false, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	DefineCustomStringVariable("payoutq.databases",

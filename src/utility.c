@@ -1,7 +1,8 @@
 /*
  * utility.c
  *		Get out of the way of commands on databases, notice DROP and ALTER
- *		EXTENSION, and refuse to drop it while there are books to lose.
+ *		EXTENSION, and refuse to drop it while there are books to lose, and a
+ *		provider while it is sent to.
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
@@ -14,14 +15,18 @@
 #include "catalog/objectaccess.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_database.h"
+#include "catalog/pg_foreign_server.h"
+#include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
+#include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "nodes/value.h"
 #include "storage/latch.h"
 #include "tcop/utility.h"
 #include "utils/acl.h"
+#include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/snapmgr.h"
 
@@ -39,12 +44,15 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 									bool readOnlyTree, ProcessUtilityContext context,
 									ParamListInfo params, QueryEnvironment *queryEnv,
 									DestReceiver *dest, QueryCompletion *qc);
+static void refuse_to_rename_provider(Node *statement);
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool changes_extension(Node *statement);
 static void object_access(ObjectAccessType access, Oid classId, Oid objectId,
 						  int subId, void *arg);
 static void refuse_to_drop_books(void);
+static void refuse_to_drop_provider(const char *name);
+static bool is_provider(Oid server);
 static void hold_off_workers(Oid database);
 
 /* Also without shared_preload_libraries, in sessions that have called us. */
@@ -67,6 +75,39 @@ object_access(ObjectAccessType access, Oid classId, Oid objectId, int subId, voi
 	if (access == OAT_DROP && classId == RelationRelationId && subId == 0 && !payoutq_allow_drop &&
 		objectId == get_relname_relid("movement", get_namespace_oid("payoutq", true)))
 		refuse_to_drop_books();
+	if (access == OAT_DROP && classId == ForeignServerRelationId && !payoutq_allow_drop && is_provider(objectId))
+		refuse_to_drop_provider(GetForeignServer(objectId)->servername);
+}
+
+static bool
+is_provider(Oid server)
+{
+	return strcmp(GetForeignDataWrapper(GetForeignServer(server)->fdwid)->fdwname, "payout_provider") == 0;
+}
+
+/* They would wait for ever, with the money of their users. */
+static void
+refuse_to_drop_provider(const char *name)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.transfer t WHERE t.provider = $1"
+		"   AND t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed') LIMIT 1",
+		1, {TEXTOID}, NULL
+	};
+	Datum		values[] = {CStringGetTextDatum(name)};
+	EngineState state;
+	bool		found;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	found = payoutq_execute(&find, values, NULL, SPI_OK_SELECT) > 0;
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	if (found)
+		ereport(ERROR,
+				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+				 errmsg("cannot drop provider \"%s\" because it has transfers that have not ended", name),
+				 errhint("Let them end, or cancel their jobs; payout_transfers shows them.")));
 }
 
 static void
@@ -105,6 +146,7 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 
 	if (OidIsValid(database))
 		hold_off_workers(database);
+	refuse_to_rename_provider(pstmt->utilityStmt);
 	if (IsA(pstmt->utilityStmt, CreatedbStmt))
 		payoutq_rescan_at_commit();
 
@@ -113,6 +155,22 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 		payoutq_wake_at_commit();
 
 	next_hook(pstmt, queryString, readOnlyTree, context, params, queryEnv, dest, qc);
+}
+
+static void
+refuse_to_rename_provider(Node *statement)
+{
+	RenameStmt *rename = (RenameStmt *) statement;
+	Oid			server;
+
+	if (!IsA(statement, RenameStmt) || rename->renameType != OBJECT_FOREIGN_SERVER)
+		return;
+	server = get_foreign_server_oid(strVal(rename->object), true);
+	if (OidIsValid(server) && is_provider(server))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot rename provider \"%s\"", strVal(rename->object)),
+				 errdetail("Its transfers, destinations and accounts go by its name.")));
 }
 
 /* The database that must have no connection, if the caller may ask for that. */

@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(496);
+SELECT plan(500);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -913,6 +913,21 @@ CALL payout_process();
 SELECT is(payout_balance('rich'), 1000::bigint, 'a balance from before is not touched by a hold');
 SELECT pg_temp.claim('rich'), pg_temp.done('rich') \g /dev/null
 SELECT is(payout_balance('rich'), 1000::bigint, 'nor by the transfer');
+
+-- ---------------------------------------------------------------------------
+-- A provider that is sent to stays
+-- ---------------------------------------------------------------------------
+
+SELECT payout_create_job('stays', ARRAY['rich'], ARRAY[10], provider => 'rich') AS stays \gset
+CALL payout_process();
+SET payoutq.allow_drop = off;
+SELECT throws_ok('DROP SERVER rich', '2BP01', 'cannot drop provider "rich" because it has transfers that have not ended', 'it is not dropped');
+SELECT throws_ok('ALTER SERVER rich RENAME TO poor', '0A000', 'cannot rename provider "rich"', 'nor renamed');
+SELECT pg_temp.claim('rich'), pg_temp.done('rich') \g /dev/null
+SELECT lives_ok('DROP SERVER rich', 'until its transfers have ended');
+SELECT lives_ok('ALTER SERVER payoutq_test_other RENAME TO payoutq_test_another; ALTER SERVER payoutq_test_another RENAME TO payoutq_test_other',
+    'servers of others are none of ours');
+SET payoutq.allow_drop = on;
 
 -- ---------------------------------------------------------------------------
 -- The end
