@@ -165,6 +165,10 @@ notify('y' x 160);
 like(outcome('y' x 160), qr/^not pushed\|the name of its channel has 173 bytes, and Pusher takes 164$/, 'too long a name');
 is(scalar(@{ requests() }), 0, 'nothing is sent');
 
+# From here on nobody's patience ends.
+$node->safe_psql('app', q{ALTER SERVER push OPTIONS (SET timeout '1min')});
+settle();
+
 # Of each user one is under way at a time, and others do not wait for him.
 rule($faulty, '/base/apps/3/events', hold => JSON::PP::true, %fine);
 rule($faulty, '/base/apps/3/events', times => 3, %fine);
@@ -198,8 +202,6 @@ is(scalar(@{ requests() }), 1, 'of one request');
 # The dispatcher is killed between claim and answer.
 ask($faulty, 'DELETE', '/requests');
 rule($faulty, '/base/apps/3/events', silent => JSON::PP::true);
-$node->safe_psql('app', q{ALTER SERVER push OPTIONS (SET timeout '1min')});
-settle();
 notify('ann');
 my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
 usleep(10_000) until @{ requests() } > 0 or time() > $end;
