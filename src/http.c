@@ -24,6 +24,7 @@ static int	calls = 0;
 static void begin(void);
 static void block_signals(sigset_t *before);
 static size_t write_answer(char *data, size_t size, size_t count, void *arg);
+static bool was_never_sent(const Call *call);
 static void classify(Call *call);
 static void read_answer(Call *call);
 static bool is_text(const char *answer, int length);
@@ -195,13 +196,35 @@ payoutq_http_done(void)
 }
 
 /*
+ * There was no connection, or no time to send anything.  Not all versions of
+ * libcurl leave that time at zero when they could not connect.
+ */
+static bool
+was_never_sent(const Call *call)
+{
+	double		sent_after = 0;
+
+	switch (call->code)
+	{
+		case CURLE_COULDNT_RESOLVE_PROXY:
+		case CURLE_COULDNT_RESOLVE_HOST:
+		case CURLE_COULDNT_CONNECT:
+		case CURLE_SSL_CONNECT_ERROR:
+		case CURLE_PEER_FAILED_VERIFICATION:
+			return true;
+		default:
+			curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);
+			return sent_after == 0;
+	}
+}
+
+/*
  * Without an answer: what was never sent is tried again, and uses up no attempt,
  * since it is nobody's fault; of all else nobody knows.
  */
 static void
 classify(Call *call)
 {
-	double		sent_after = 0;
 	MemoryContext caller = MemoryContextSwitchTo(call->page ? call->page : call->context);
 
 	call->retry_after = -1;
@@ -218,8 +241,7 @@ classify(Call *call)
 	}
 	else
 	{
-		curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);
-		call->outcome = sent_after == 0 ? CALL_UNREACHABLE : CALL_UNKNOWN;
+		call->outcome = was_never_sent(call) ? CALL_UNREACHABLE : CALL_UNKNOWN;
 		call->reason = call->too_long ? psprintf("the answer is longer than %d bytes", MAX_ANSWER) :
 			pstrdup(curl_easy_strerror(call->code));
 	}
