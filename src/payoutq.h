@@ -21,6 +21,7 @@
 /* settings.c */
 extern int	payoutq_workers;
 extern int	payoutq_batch_size;
+extern int	payoutq_max_winners;	/* in one call */
 extern int	payoutq_interval;		/* seconds */
 extern char *payoutq_databases;
 extern bool payoutq_allow_drop;
