@@ -7,7 +7,7 @@ CREATE FUNCTION @extschema@.payout_create_job(
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_jsonb';
 COMMENT ON FUNCTION @extschema@.payout_create_job(text, jsonb, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'creates a job that pays the winners [{"user_id": "u1", "amount": 100}, ...], amounts in minor units, and returns its id; the same reference with the same payload returns the same job; errors: 22023, 22P02, 22003, 23514, 23505, 42704, 42501 (provider)';
+'creates a job that pays the winners [{"user_id": "u1", "amount": 100}, ...], amounts in minor units, and returns its id; the same reference with the same payload returns the same job; errors: 22023, 22P02, 22003, 23514, 23505, 42704, 42501 (provider), 54000 (more than payoutq.max_winners)';
 
 CREATE FUNCTION @extschema@.payout_create_job(
     reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
@@ -16,7 +16,7 @@ CREATE FUNCTION @extschema@.payout_create_job(
     provider text DEFAULT NULL, metadata jsonb DEFAULT NULL) RETURNS bigint
 LANGUAGE C AS 'MODULE_PATHNAME', 'payout_create_job_arrays';
 COMMENT ON FUNCTION @extschema@.payout_create_job(text, text[], bigint[], bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'creates a job that pays user_ids the amounts, two arrays of one length, in minor units, and returns its id: the fast form; the same reference with the same payload returns the same job; errors: 22023, 22003, 23514, 23505, 42704, 42501 (provider)';
+'creates a job that pays user_ids the amounts, two arrays of one length, in minor units, and returns its id: the fast form; the same reference with the same payload returns the same job; errors: 22023, 22003, 23514, 23505, 42704, 42501 (provider), 54000 (more than payoutq.max_winners)';
 
 CREATE FUNCTION @extschema@.payout_create_job_from(
     reference text, query text, total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
@@ -117,7 +117,7 @@ BEGIN
         batch_size, run_at, source_account, provider, metadata);
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_preview_job_from(text, text, bigint, bigint, bigint, text, integer, integer, timestamptz, text, text, jsonb) IS
-'what payout_create_job_from() with the same arguments would do to each entry, were its query run now, with the rights of the caller; writes nothing; errors: those of payout_create_job_from(), and of the query';
+'what payout_create_job_from() with the same arguments would do to each entry, were its query run now, with the rights of the caller; writes nothing; errors: those of payout_create_job_from(), 54000, and those of the query';
 
 -- All that is counted comes from a few rows of payoutq.counts, so it costs
 -- the same for ten winners and for ten million.

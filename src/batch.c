@@ -41,6 +41,16 @@
 /* The attempt that was counted before and has no outcome yet; job 0: none. */
 static Claim counted;
 
+/* A batch that was not paid, for a savepoint */
+typedef struct Failure
+{
+	const Claim *claim;
+	ErrorData  *error;			/* NULL: accounts are missing */
+	int32	   *missing;
+	int			count;
+	BatchOutcome outcome;
+} Failure;
+
 static int	entries_of(const Claim *claim);
 static int	try_to_pay(const Claim *claim, int32 **missing, ErrorData **error);
 static int	try_in_savepoint(const Claim *claim, bool one_pass, int32 **missing,
@@ -50,10 +60,13 @@ static void tell_winners(const Claim *claim);
 static void complete_batch(const Claim *claim);
 static void count_progress(const Claim *claim, int completed, int failed,
 						   int64 paid);
-static BatchOutcome record_failure(const Claim *claim, ErrorData *error);
+static void record_failure(void *arg);
+static BatchOutcome record_error(const Claim *claim, ErrorData *error);
 static void wait_for_another_try(const Claim *claim, const ErrorData *error);
 static void wait_or_fail(const Claim *claim, const ErrorData *error);
 static void fail_entries(const Claim *claim, int sqlstate, const char *message);
+static void count_attempt(void *arg);
+static void take_counted_back(void *arg);
 static void take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused());
 static void bisect(const Claim *claim, const ErrorData *error);
 static BatchOutcome missing_accounts(const Claim *claim, int32 *missing, int count);
@@ -64,17 +77,27 @@ static void split(const Claim *claim, Datum *first, Datum *last, Datum *cut, int
 BatchOutcome
 payoutq_pay_batch(const Claim *claim, ErrorData **error)
 {
-	int32	   *missing = NULL;
-	int			count = try_to_pay(claim, &missing, error);
+	Failure		failure = {.claim = claim};
+	ErrorData  *obstacle;
 
-	if (*error)
-	{
-		if (payoutq_is_interrupt(*error))
-			return BATCH_INTERRUPTED;
-		payoutq_worker_error((*error)->message);
-		return record_failure(claim, *error);
-	}
-	return count > 0 ? missing_accounts(claim, missing, count) : BATCH_PAID;
+	failure.count = try_to_pay(claim, &failure.missing, error);
+	if (*error == NULL && failure.count == 0)
+		return BATCH_PAID;
+	if (*error && payoutq_is_interrupt(*error))
+		return BATCH_INTERRUPTED;
+	payoutq_worker_error(*error ? (*error)->message : MISSING_MESSAGE);
+
+	/* What keeps us from recording it, as a full disk does, is no reason to end. */
+	failure.error = *error;
+	obstacle = payoutq_in_savepoint(record_failure, &failure);
+	if (obstacle == NULL)
+		return failure.outcome;
+	*error = obstacle;
+	if (payoutq_is_interrupt(obstacle))
+		return BATCH_INTERRUPTED;
+	if (payoutq_classify(obstacle->sqlerrcode) != FAILURE_TRANSIENT)
+		ReThrowError(obstacle);
+	return BATCH_NOT_RECORDED;
 }
 
 static int
@@ -202,11 +225,23 @@ count_progress(const Claim *claim, int completed, int failed, int64 paid)
 
 /*
  * Before risky work, in a transaction of its own: should the server be killed,
- * the count stays.  Any other end takes it back.
+ * the count stays.  Any other end takes it back.  Returns what kept us from
+ * counting, as a full disk does.
  */
-void
+ErrorData *
 payoutq_count_attempt(const Claim *claim)
 {
+	ErrorData  *error = payoutq_in_savepoint(count_attempt, (void *) claim);
+
+	if (error && (payoutq_is_interrupt(error) || payoutq_classify(error->sqlerrcode) != FAILURE_TRANSIENT))
+		ReThrowError(error);
+	return error;
+}
+
+static void
+count_attempt(void *arg)
+{
+	const Claim *claim = arg;
 	static EngineStatement count = {
 		"UPDATE payoutq.batch SET crashes = crashes + 1 WHERE job_id = $1 AND batch_no = $2",
 		2, {INT8OID, INT4OID}, NULL
@@ -255,9 +290,27 @@ payoutq_take_attempt_back(const Claim *claim)
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
 
-	counted.job_id = 0;
 	(void) payoutq_execute(claim->batch_no == QUERY_OF_JOB ? &take_query_back : &take_back,
 						   values, NULL, SPI_OK_UPDATE);
+	counted.job_id = 0;
+}
+
+/*
+ * When the outcome cannot be recorded: false if the count cannot be taken back
+ * either.  Then there is no room for another one, so this is the only one.
+ */
+bool
+payoutq_forget_attempt(void)
+{
+	return counted.job_id == 0 || payoutq_in_savepoint(take_counted_back, NULL) == NULL;
+}
+
+static void
+take_counted_back(void *arg pg_attribute_unused())
+{
+	Claim		claim = counted;
+
+	payoutq_take_attempt_back(&claim);
 }
 
 /*
@@ -303,8 +356,17 @@ payoutq_quarantine_batch(const Claim *claim)
 	fail_entries(claim, ERRCODE_CRASH_SHUTDOWN, message);
 }
 
+static void
+record_failure(void *arg)
+{
+	Failure    *f = arg;
+
+	f->outcome = f->error ? record_error(f->claim, f->error) :
+		missing_accounts(f->claim, f->missing, f->count);
+}
+
 static BatchOutcome
-record_failure(const Claim *claim, ErrorData *error)
+record_error(const Claim *claim, ErrorData *error)
 {
 	FailureClass class = payoutq_classify(error->sqlerrcode);
 
@@ -414,7 +476,6 @@ missing_accounts(const Claim *claim, int32 *missing, int count)
 	ErrorData	error = {.elevel = ERROR, .sqlerrcode = MISSING_ACCOUNT,
 	.message = pstrdup(MISSING_MESSAGE)};
 
-	payoutq_worker_error(MISSING_MESSAGE);
 	if (count == entries_of(claim))
 	{
 		wait_or_fail(claim, &error);

@@ -86,7 +86,7 @@ static void start_calls(void);
 static void collect(void);
 static bool record_safely(Call *call);
 static ErrorData *try_to_record(Call *call);
-static void record(Call *call);
+static void record(void *arg);
 static void slow_down(Provider *provider, const Call *call);
 static void leave_place(Call *call);
 
@@ -713,32 +713,17 @@ record_safely(Call *call)
 static ErrorData *
 try_to_record(Call *call)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	ErrorData  *volatile problem = NULL;
+	ErrorData  *problem = payoutq_in_savepoint(record, call);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		record(call);
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-	}
-	PG_CATCH();
-	{
-		problem = payoutq_catch(context, owner);
-		if (payoutq_is_interrupt(problem))
-			ReThrowError(problem);
-	}
-	PG_END_TRY();
+	if (problem && payoutq_is_interrupt(problem))
+		ReThrowError(problem);
 	return problem;
 }
 
 static void
-record(Call *call)
+record(void *arg)
 {
+	Call	   *call = arg;
 	static const char *const outcomes[] = {"completed", "sent", "transient", "permanent", "unknown", "throttled", "refused", "unreachable", "unfunded", "rejected", "absent"};
 	static EngineStatement answer = {
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",

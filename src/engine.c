@@ -217,8 +217,8 @@ set_engine_settings(GucAction action)
 	set_setting("enable_material", "off", action);
 	set_setting("jit", "off", action);
 
-	/* A dispatcher waits less when it records. */
-	if (payoutq_is_worker && action == GUC_ACTION_SAVE && LockTimeout > 0 && LockTimeout < payoutq_lock_timeout)
+	/* Who wants to wait less, a session or a dispatcher that records, does so. */
+	if (action == GUC_ACTION_SAVE && LockTimeout > 0 && LockTimeout < payoutq_lock_timeout)
 		return;
 	snprintf(timeout, sizeof(timeout), "%d", payoutq_lock_timeout);
 	set_setting("lock_timeout", timeout, action);

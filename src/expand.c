@@ -50,16 +50,18 @@ typedef struct Expansion
 	int64		total_pool;
 	int32		attempts;
 
-	/* the answer */
+	/* the answer, or the reason why there is none */
 	int64		entries;
 	int64		total;
 	int32		batches;
+	ErrorData  *error;
 } Expansion;
 
 static void refuse_temporary_tables(List *relations);
 static char *wrap_query(const char *query);
-static bool load(Expansion *e);
-static ErrorData *expand(Expansion *e);
+static bool load(Expansion *e, bool counted);
+static void expand(void *arg);
+static void record_failure(void *arg);
 static void read_answer(Expansion *e);
 static Portal open_shares(const Expansion *e);
 static void become_creator(const Expansion *e, EngineState *ours);
@@ -171,18 +173,18 @@ wrap_query(const char *query)
  * a query that kills the server is not run for ever.
  */
 bool
-payoutq_expand_job(int64 job_id, EngineState *state)
+payoutq_expand_job(ActiveJob *job, EngineState *state)
 {
-	Expansion	e = {.job_id = job_id};
-	Claim		attempt = {.job_id = job_id, .batch_no = QUERY_OF_JOB};
-	ErrorData  *error;
+	Expansion	e = {.job_id = job->id};
+	Claim		attempt = {.job_id = job->id, .batch_no = QUERY_OF_JOB};
+	ErrorData  *obstacle;
 
 	/* One at a time in a database: the other workers pay meanwhile. */
-	if (!payoutq_lock_job(0, ExclusiveLock, false) || !load(&e))
+	if (!payoutq_lock_job(0, ExclusiveLock, false) || !load(&e, job->careful > 0))
 		return false;
 	if (e.attempts > MAX_CRASHES)
 	{
-		payoutq_fail_job(job_id, ERRCODE_CRASH_SHUTDOWN,
+		payoutq_fail_job(job->id, ERRCODE_CRASH_SHUTDOWN,
 						 psprintf("the server or the worker was killed %d times while it wrote the entries",
 								  e.attempts - 1));
 		return false;
@@ -196,35 +198,59 @@ payoutq_expand_job(int64 job_id, EngineState *state)
 		payoutq_take_attempt_back(&attempt);
 		return false;
 	}
-	error = expand(&e);
-	payoutq_take_attempt_back(&attempt);
-	if (error)
+	e.error = payoutq_in_savepoint(expand, &e);
+	if (e.error == NULL)
 	{
-		if (payoutq_is_interrupt(error))
-		{
-			payoutq_turn_commit(state);
-			ReThrowError(error);
-		}
-		payoutq_worker_error(error->message);
-		if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT)
-			try_again_later(&e);
-		else
-			payoutq_fail_job(job_id, error->sqlerrcode, error->message);
+		payoutq_attempt_ended();
+		return true;
 	}
-	return error == NULL;
+	if (payoutq_is_interrupt(e.error))
+	{
+		payoutq_take_attempt_back(&attempt);
+		payoutq_turn_commit(state);
+		ReThrowError(e.error);
+	}
+	payoutq_worker_error(e.error->message);
+	obstacle = payoutq_in_savepoint(record_failure, &e);
+	if (obstacle)
+	{
+		if (payoutq_is_interrupt(obstacle) || payoutq_classify(obstacle->sqlerrcode) != FAILURE_TRANSIENT)
+			ReThrowError(obstacle);
+		ereport(WARNING,
+				(errcode(obstacle->sqlerrcode),
+				 errmsg("entries of job " INT64_FORMAT " were not written, and why could not be recorded: %s",
+						job->id, obstacle->message),
+				 obstacle->hint ? errhint("%s", obstacle->hint) : 0));
+		if (!payoutq_forget_attempt())
+			job->careful = 0;
+	}
+	return false;
+}
+
+static void
+record_failure(void *arg)
+{
+	Expansion  *e = arg;
+	Claim		attempt = {.job_id = e->job_id, .batch_no = QUERY_OF_JOB};
+
+	payoutq_take_attempt_back(&attempt);
+	if (payoutq_classify(e->error->sqlerrcode) == FAILURE_TRANSIENT)
+		try_again_later(e);
+	else
+		payoutq_fail_job(e->job_id, e->error->sqlerrcode, e->error->message);
 }
 
 static bool
-load(Expansion *e)
+load(Expansion *e, bool counted)
 {
 	static EngineStatement begin = {
-		"UPDATE payoutq.job SET attempts = attempts + 1"
+		"UPDATE payoutq.job SET attempts = attempts + $2"
 		" WHERE id = $1 AND status = 'running' AND total_winners IS NULL"
 		" RETURNING query, settings, created_by, currency, source_account, batch_size,"
 		"           platform_fee, total_pool, attempts",
-		1, {INT8OID}, NULL
+		2, {INT8OID, INT4OID}, NULL
 	};
-	Datum		values[] = {Int64GetDatum(e->job_id)};
+	Datum		values[] = {Int64GetDatum(e->job_id), Int32GetDatum(counted ? 1 : 0)};
 	bool		isnull;
 
 	if (payoutq_execute(&begin, values, NULL, SPI_OK_UPDATE_RETURNING) == 0)
@@ -245,32 +271,16 @@ load(Expansion *e)
 	return true;
 }
 
-static ErrorData *
-expand(Expansion *e)
+static void
+expand(void *arg)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	ErrorData  *volatile error = NULL;
+	Expansion  *e = arg;
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		read_answer(e);
-		require_running(e);
-		payoutq_fund_job(e->job_id, e->source_account, e->currency,
-						 payoutq_needed_amount(e->total, e->fee, e->has_pool, e->total_pool));
-		complete(e);
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-	}
-	PG_CATCH();
-	{
-		error = payoutq_catch(context, owner);
-	}
-	PG_END_TRY();
-	return error;
+	read_answer(e);
+	require_running(e);
+	payoutq_fund_job(e->job_id, e->source_account, e->currency,
+					 payoutq_needed_amount(e->total, e->fee, e->has_pool, e->total_pool));
+	complete(e);
 }
 
 static void
@@ -412,7 +422,8 @@ complete(const Expansion *e)
 {
 	static EngineStatement update = {
 		"UPDATE payoutq.job SET amount = $2, total_winners = $3, batches = $4,"
-		"       total_pool = coalesce(total_pool, $2 + platform_fee)"
+		"       total_pool = coalesce(total_pool, $2 + platform_fee),"
+		"       attempts = greatest(attempts - 1, 0), error_code = NULL, error = NULL"
 		" WHERE id = $1 AND total_winners IS NULL",
 		4, {INT8OID, INT8OID, INT4OID, INT4OID}, NULL
 	};
@@ -427,11 +438,14 @@ static void
 try_again_later(const Expansion *e)
 {
 	static EngineStatement wait = {
-		"UPDATE payoutq.job SET run_at = $2 WHERE id = $1 AND status = 'running'",
-		2, {INT8OID, TIMESTAMPTZOID}, NULL
+		"UPDATE payoutq.job SET run_at = $2, error_code = $3, error = $4"
+		" WHERE id = $1 AND status = 'running'",
+		4, {INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(e->job_id),
-		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), BACKOFF_STEPS))};
+		TimestampTzGetDatum(payoutq_retry_at(GetCurrentTimestamp(), BACKOFF_STEPS)),
+		CStringGetTextDatum(unpack_sql_state(e->error->sqlerrcode)),
+		CStringGetTextDatum(e->error->message)};
 
 	(void) payoutq_execute(&wait, values, NULL, SPI_OK_UPDATE);
 }

@@ -67,6 +67,31 @@ payoutq_retry_at(TimestampTz now, int attempts)
 	return TimestampTzPlusMilliseconds(now, (int64) delay);
 }
 
+/* Runs it in a savepoint.  Returns NULL, or the error that it met. */
+ErrorData *
+payoutq_in_savepoint(void (*work) (void *arg), void *arg)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		work(arg);
+		ReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+	}
+	PG_CATCH();
+	{
+		error = payoutq_catch(context, owner);
+	}
+	PG_END_TRY();
+	return error;
+}
+
 /*
  * For PG_CATCH: roll the current subtransaction back, return to the state in
  * which it was begun, and give the error to the caller.

@@ -92,6 +92,8 @@ payoutq_launcher_main(Datum arg pg_attribute_unused())
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 	pgstat_report_appname("payoutq launcher");
+	SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
+	payoutq_disable_transaction_timeout();
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	payoutq_shared->launcher_proc = MyProcIndex();

@@ -21,6 +21,7 @@
 /* settings.c */
 extern int	payoutq_workers;
 extern int	payoutq_batch_size;
+extern int	payoutq_max_winners;	/* in one call */
 extern int	payoutq_interval;		/* seconds */
 extern char *payoutq_databases;
 extern bool payoutq_allow_drop;
@@ -270,16 +271,18 @@ typedef enum BatchOutcome
 	BATCH_ENTRY_FAILED,			/* the same, for an isolated entry */
 	BATCH_SPLIT,				/* into parts that are to be tried at once */
 	BATCH_JOB_FAILED,			/* *error is the reason */
+	BATCH_NOT_RECORDED,			/* not paid; *error is why that could not be recorded */
 	BATCH_INTERRUPTED			/* *error is to be thrown again */
 } BatchOutcome;
 
 /* Instead of a batch_no: the attempt is at the query of the job. */
 #define QUERY_OF_JOB	0
 
-extern void payoutq_count_attempt(const Claim *claim);
+extern ErrorData *payoutq_count_attempt(const Claim *claim);
 extern void payoutq_attempt_counted(const Claim *claim);
 extern void payoutq_attempt_ended(void);
 extern void payoutq_take_attempt_back(const Claim *claim);
+extern bool payoutq_forget_attempt(void);
 extern bool payoutq_is_mass_failure(int64 job_id, TimestampTz since);
 extern BatchOutcome payoutq_pay_batch(const Claim *claim, ErrorData **error);
 extern void payoutq_quarantine_batch(const Claim *claim);
@@ -294,6 +297,7 @@ typedef enum FailureClass
 
 extern FailureClass payoutq_classify(int sqlstate);
 extern TimestampTz payoutq_retry_at(TimestampTz now, int attempts);
+extern ErrorData *payoutq_in_savepoint(void (*work) (void *arg), void *arg);
 extern ErrorData *payoutq_catch(MemoryContext context, ResourceOwner owner);
 extern bool payoutq_is_interrupt(const ErrorData *error);
 
@@ -389,6 +393,6 @@ extern int32 payoutq_entries_end(EntryWriter *writer, TimestampTz run_after);
 /* expand.c */
 extern void payoutq_check_query(const char *query);
 extern Datum payoutq_query_settings(void);
-extern bool payoutq_expand_job(int64 job_id, EngineState *state);
+extern bool payoutq_expand_job(ActiveJob *job, EngineState *state);
 
 #endif							/* PAYOUTQ_H */

@@ -32,6 +32,9 @@
 /* How long a job is left alone whose transfers are under way. */
 #define FINISH_WAIT_MS	10000
 
+/* The same when the outcome of a batch or of a query cannot be recorded. */
+#define RECORD_WAIT_MS	5000
+
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
 
@@ -48,6 +51,7 @@ static bool refresh(int64 only_job, bool woken);
 static TimestampTz next_refresh(TimestampTz began);
 static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
+static void not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error);
 static void note_failure(ActiveJob *job, const ErrorData *error, EngineState *state);
 
 PG_FUNCTION_INFO_V1(payout_process);
@@ -180,9 +184,9 @@ serve(ActiveJob *job, bool *tried)
 			(void) payoutq_call_for_help(MyDatabaseId);
 			payoutq_worker_report(WORKER_WORKING, job->id, 0);
 			payoutq_turn_commit(&state);
-			job->unexpanded = !payoutq_expand_job(job->id, &state);
+			job->unexpanded = !payoutq_expand_job(job, &state);
 			if (job->unexpanded)
-				payoutq_leave_alone(job, EXPAND_WAIT_MS);
+				payoutq_leave_alone(job, job->careful > 0 ? EXPAND_WAIT_MS : RECORD_WAIT_MS);
 			break;
 		case WORK_FINISH:
 			/* Give the job's Share lock back before its Exclusive one. */
@@ -212,7 +216,12 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 
 	if (job->careful > 0)
 	{
-		payoutq_count_attempt(claim);
+		error = payoutq_count_attempt(claim);
+		if (error)
+		{
+			not_recorded(job, claim, error);
+			return true;
+		}
 		payoutq_turn_commit(state);
 		if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
 		{
@@ -240,6 +249,9 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 			payoutq_turn_commit(state);
 			payoutq_fail_job(claim->job_id, error->sqlerrcode, error->message);
 			break;
+		case BATCH_NOT_RECORDED:
+			not_recorded(job, claim, error);
+			return true;
 		case BATCH_INTERRUPTED:
 			payoutq_take_attempt_back(claim);
 			payoutq_turn_commit(state);
@@ -247,6 +259,22 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 	}
 	payoutq_attempt_ended();
 	return true;
+}
+
+/* As on a full disk, which is no crash: the same batch is tried again. */
+static void
+not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error)
+{
+	ereport(WARNING,
+			(errcode(error->sqlerrcode),
+			 errmsg("batch %d of job " INT64_FORMAT " was not paid, and why could not be recorded: %s",
+					claim->batch_no, claim->job_id, error->message),
+			 error->hint ? errhint("%s", error->hint) : 0));
+	payoutq_worker_error(error->message);
+	if (!payoutq_forget_attempt())
+		job->careful = 0;
+	payoutq_look_again(job, claim);
+	payoutq_leave_alone(job, RECORD_WAIT_MS);
 }
 
 /* What fails for everybody must not be bisected for everybody. */

@@ -13,6 +13,7 @@
 
 int			payoutq_workers;
 int			payoutq_batch_size;
+int			payoutq_max_winners;
 int			payoutq_interval;
 char	   *payoutq_databases;
 bool		payoutq_allow_drop;
@@ -45,6 +46,8 @@ static const IntSetting settings[] = {
 	&payoutq_workers, 2, 0, PAYOUTQ_MAX_WORKERS, PGC_SIGHUP, 0},
 	{"payoutq.batch_size", "Sets the number of entries that are paid in one transaction, for jobs that do not name one.",
 	&payoutq_batch_size, 500, 1, PAYOUTQ_MAX_BATCH_SIZE, PGC_USERSET, 0},
+	{"payoutq.max_winners", "Sets the number of winners that one call may name.",
+	&payoutq_max_winners, 10000000, 1, INT_MAX, PGC_SUSET, 0},
 	{"payoutq.interval", "Sets the time after which an idle worker looks for work without being woken.",
 	&payoutq_interval, 300, 1, INT_MAX / 1000, PGC_SIGHUP, GUC_UNIT_S},
 	{"payoutq.max_attempts", "Sets the number of attempts after which an entry has failed.",

@@ -8,6 +8,7 @@
 #include "catalog/pg_type.h"
 #include "common/int.h"
 #include "mb/pg_wchar.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
@@ -15,10 +16,11 @@
 #include "compat.h"
 #include "payoutq.h"
 
+static void refuse_too_many(int64 count);
 static void allocate(Winners *winners, int64 count);
 static void add(Winners *winners, const char *user_id, int length, int64 amount);
 static void sort_and_check(Winners *winners);
-static int	compare_winners(const void *a, const void *b);
+static int	compare_winners(const void *a, const void *b, void *arg);
 static void add_json_winner(Winners *winners, JsonbContainer *object);
 static int64 json_amount(Numeric number, int64 position);
 static JsonbValue *json_field(JsonbContainer *object, const char *name, int64 position);
@@ -38,6 +40,8 @@ payoutq_winners_from_arrays(ArrayType *users, ArrayType *amounts, Winners *winne
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("user_ids and amounts must be one-dimensional arrays")));
+	refuse_too_many(ArrayGetNItems(ARR_NDIM(users), ARR_DIMS(users)));
+	refuse_too_many(ArrayGetNItems(ARR_NDIM(amounts), ARR_DIMS(amounts)));
 	deconstruct_array(users, TEXTOID, -1, false, TYPALIGN_INT, &ids, &id_nulls, &count);
 	deconstruct_array(amounts, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE,
 					  &values, &value_nulls, &value_count);
@@ -67,6 +71,8 @@ payoutq_winners_from_jsonb(Jsonb *json, Winners *winners)
 	JsonbIterator *iterator;
 	JsonbIteratorToken token;
 	JsonbValue	value;
+	MemoryContext caller = CurrentMemoryContext;
+	MemoryContext scratch;
 
 	if (!JB_ROOT_IS_ARRAY(json) || JB_ROOT_IS_SCALAR(json))
 		ereport(ERROR,
@@ -74,7 +80,11 @@ payoutq_winners_from_jsonb(Jsonb *json, Winners *winners)
 				 errmsg("winners must be a JSON array"),
 				 errhint("Write them as [{\"user_id\": \"u1\", \"amount\": 100}].")));
 
+	refuse_too_many(JB_ROOT_COUNT(json));
 	allocate(winners, JB_ROOT_COUNT(json));
+
+	/* What one winner needs meanwhile; his name stays in the argument. */
+	scratch = AllocSetContextCreate(caller, "payoutq winner", ALLOCSET_SMALL_SIZES);
 	iterator = JsonbIteratorInit(&json->root);
 	token = JsonbIteratorNext(&iterator, &value, true);
 	Assert(token == WJB_BEGIN_ARRAY);
@@ -82,8 +92,12 @@ payoutq_winners_from_jsonb(Jsonb *json, Winners *winners)
 	{
 		if (value.type != jbvBinary || !JsonContainerIsObject(value.val.binary.data))
 			malformed(winners->count + 1, "It is not an object.");
+		MemoryContextSwitchTo(scratch);
 		add_json_winner(winners, value.val.binary.data);
+		MemoryContextSwitchTo(caller);
+		MemoryContextReset(scratch);
 	}
+	MemoryContextDelete(scratch);
 	sort_and_check(winners);
 }
 
@@ -139,6 +153,19 @@ malformed(int64 position, const char *detail)
 			 errhint("Write it as {\"user_id\": \"u1\", \"amount\": 100}, the amount in minor units.")));
 }
 
+/* Before anything is allocated for them. */
+static void
+refuse_too_many(int64 count)
+{
+	if (count > payoutq_max_winners)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("too many winners in one call"),
+				 errdetail("There are " INT64_FORMAT "; the limit is %d (payoutq.max_winners).",
+						   count, payoutq_max_winners),
+				 errhint("Let a worker read them: payout_create_job_from() takes a query, and has no such limit.")));
+}
+
 static void
 allocate(Winners *winners, int64 count)
 {
@@ -156,6 +183,7 @@ add(Winners *winners, const char *user_id, int length, int64 amount)
 {
 	Winner	   *winner = &winners->list[winners->count++];
 
+	CHECK_FOR_INTERRUPTS();
 	payoutq_check_user_id(user_id, length, winners->count);
 	winners->total = payoutq_add_amount(winners->total, amount, winners->count);
 	winner->user_id = user_id;
@@ -210,7 +238,7 @@ payoutq_compare_users(const char *a, int alen, const char *b, int blen)
 }
 
 static int
-compare_winners(const void *a, const void *b)
+compare_winners(const void *a, const void *b, void *arg)
 {
 	const Winner *x = a;
 	const Winner *y = b;
@@ -223,7 +251,7 @@ compare_winners(const void *a, const void *b)
 static void
 sort_and_check(Winners *winners)
 {
-	qsort(winners->list, winners->count, sizeof(Winner), compare_winners);
+	qsort_interruptible(winners->list, winners->count, sizeof(Winner), compare_winners, NULL);
 
 	for (int64 i = 1; i < winners->count; i++)
 	{

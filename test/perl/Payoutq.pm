@@ -63,8 +63,8 @@ our @EXPORT = qw(
 
 Starts a server and returns it.  Options: C<preload>, the value of
 shared_preload_libraries (payoutq; empty to go without), C<conf>, more lines
-of configuration, C<streaming>, true for a server that can have standbys, and
-C<archiving>, true for one that keeps its WAL.
+of configuration, C<streaming>, true for a server that can have standbys,
+C<archiving>, true for one that keeps its WAL, and C<initdb>, options of initdb.
 
 =cut
 
@@ -75,7 +75,7 @@ sub start_node
 	my $node = PostgreSQL::Test::Cluster->new($name);
 
 	$node->init(allows_streaming => $options{streaming} // 0, has_archiving => $options{archiving} // 0,
-		extra => [ '--encoding=UTF8', '--no-locale' ]);  # whatever the environment says
+		extra => [ '--encoding=UTF8', '--no-locale', @{ $options{initdb} // [] } ]);  # whatever the environment says
 
 	# The module turns restart_after_crash off; a test that kills a worker
 	# wants what users have.

@@ -2,7 +2,7 @@
 -- everything that they refuse.
 \ir fresh.psql
 BEGIN;
-SELECT plan(115);
+SELECT plan(124);
 
 -- ---------------------------------------------------------------------------
 -- The forms
@@ -107,6 +107,34 @@ SELECT throws_ok($$SELECT payout_create_job('n', NULL::jsonb)$$, '22023', NULL, 
 SELECT throws_ok($$SELECT payout_create_job('n', NULL::text[], ARRAY[1])$$, '22023', NULL, 'user_ids null');
 SELECT throws_ok($$SELECT payout_create_job('n', ARRAY['u'], NULL::bigint[])$$, '22023', NULL, 'amounts null');
 SELECT throws_ok($$SELECT payout_create_job_from('n', NULL)$$, '22023', NULL, 'query null');
+
+-- ---------------------------------------------------------------------------
+-- How many winners
+-- ---------------------------------------------------------------------------
+
+SET LOCAL payoutq.max_winners = 3;
+SELECT lives_ok($$SELECT payout_create_job('w3', array_agg('w' || i), array_agg(i)) FROM generate_series(1, 3) i$$,
+    'arrays: as many winners as payoutq.max_winners');
+SELECT lives_ok($$SELECT payout_create_job('j3', jsonb_agg(jsonb_build_object('user_id', 'w' || i, 'amount', i))) FROM generate_series(1, 3) i$$,
+    'jsonb: as many winners as payoutq.max_winners');
+SELECT throws_ok($$SELECT payout_create_job('w4', array_agg('w' || i), array_agg(i)) FROM generate_series(1, 4) i$$,
+    '54000', 'too many winners in one call', 'arrays: one more');
+SELECT throws_ok($$SELECT payout_create_job('a4', ARRAY['w'], array_agg(i)) FROM generate_series(1, 4) i$$,
+    '54000', 'too many winners in one call', 'arrays: one amount more');
+SELECT throws_ok($$SELECT payout_create_job('j4', jsonb_agg(jsonb_build_object('user_id', 'w' || i, 'amount', i))) FROM generate_series(1, 4) i$$,
+    '54000', 'too many winners in one call', 'jsonb: one more');
+SELECT throws_ok($$SELECT * FROM payout_preview_job('p4', ARRAY['a', 'b', 'c', 'd'], ARRAY[1, 2, 3, 4])$$,
+    '54000', 'too many winners in one call', 'preview: one more');
+SELECT lives_ok($$SELECT payout_create_job_from('q4', 'SELECT ''w'' || i AS user_id, i AS amount FROM generate_series(1, 4) i')$$,
+    'a query may yield more');
+SELECT throws_ok($$SELECT * FROM payout_preview_job_from('q4', 'SELECT ''w'' || i AS user_id, i AS amount FROM generate_series(1, 4) i')$$,
+    '54000', 'too many winners in one call', 'but its preview is a call');
+CREATE ROLE winners_operator;
+SELECT payout_grant('winners_operator', 'operator');
+SET LOCAL ROLE winners_operator;
+SELECT throws_ok('SET payoutq.max_winners = 4', '42501', NULL, 'an operator cannot raise it');
+RESET ROLE;
+RESET payoutq.max_winners;
 
 -- ---------------------------------------------------------------------------
 -- Winners as jsonb
