@@ -238,7 +238,7 @@ payoutq_compare_users(const char *a, int alen, const char *b, int blen)
 }
 
 static int
-compare_winners(const void *a, const void *b, void *arg)
+compare_winners(const void *a, const void *b, void *arg pg_attribute_unused())
 {
 	const Winner *x = a;
 	const Winner *y = b;
