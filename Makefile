@@ -8,6 +8,9 @@
 #   make chaos                send through a provider that fails, SEED=... N=...
 #   make lint                 compile with every warning an error
 #   make analyze              gcc, clang, cppcheck, clang-tidy, plpgsql_check
+#   make test-sanitizers      all tests with AddressSanitizer and UndefinedBehaviorSanitizer, LEVELS=...
+#   make test-valgrind        every function in C, the worker and the dispatcher under valgrind
+#   make fuzz                 every parser of bytes from outside, TIME=... seconds each, FUZZERS=...
 #   make test-pg-upgrade      pg_upgrade from 15 to 17 and 18, with data in place
 #   make freeze               keep the install script of a release, to test updates from it
 #   make dist                 the archive for PGXN, of the last commit
@@ -73,7 +76,7 @@ ISOLATION := $(sort $(patsubst test/isolation/specs/%.spec,%,\
 ISOLATION_OPTS = --inputdir=test/isolation --outputdir=tmp_check_iso \
 	--temp-instance=tmp_check_iso/server \
 	--temp-config=test/postgresql.conf --load-extension=$(EXTENSION)
-PROVE_TESTS := $(sort $(wildcard test/t/*.pl))
+PROVE_TESTS ?= $(sort $(wildcard test/t/*.pl))
 TAP_TESTS := $(if $(PROVE_TESTS),1)
 
 EXTRA_CLEAN = tmp_check_regress/ tmp_check_iso/
@@ -134,7 +137,7 @@ dist:
 	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ \
 		-o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip HEAD
 
-.PHONY: test test-package test-versions test-pg-upgrade demo bench chaos analyze
+.PHONY: test test-package test-versions test-pg-upgrade test-sanitizers test-valgrind fuzz demo bench chaos analyze
 analyze:
 	@test/analyze
 test:
@@ -145,6 +148,12 @@ test-versions:
 	@test/versions $(SUITES)
 test-pg-upgrade:
 	@test/pg_upgrade
+test-sanitizers:
+	@test/sanitizers $(LEVELS)
+test-valgrind:
+	@test/valgrind
+fuzz:
+	@test/fuzz/run $(FUZZERS)
 demo:
 	@examples/demo
 bench:

@@ -337,13 +337,14 @@ payoutq_http_header(Call *call, const char *header)
 	call->headers = headers;
 }
 
-/* NULL: it has none of that name. */
+/* NULL: it has none of that name, or one that is not text. */
 char *
 payoutq_http_answer_header(const Call *call, const char *name)
 {
 	struct curl_header *header;
 
-	if (curl_easy_header(call->handle, name, 0, CURLH_HEADER, -1, &header) != CURLHE_OK)
+	if (curl_easy_header(call->handle, name, 0, CURLH_HEADER, -1, &header) != CURLHE_OK ||
+		!is_text(header->value, strlen(header->value)))
 		return NULL;
 	return pstrdup(header->value);
 }

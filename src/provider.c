@@ -444,6 +444,19 @@ payoutq_answer_field(const Call *call, const char *name)
 	return payoutq_answer_at(call, &name, 1);
 }
 
+/* Elements of an array at the top of the answer; -1: there is no such array. */
+int
+payoutq_answer_count(const Call *call, const char *name)
+{
+	JsonbValue *value = NULL;
+
+	if (call->json && JB_ROOT_IS_OBJECT(call->json))
+		value = getKeyJsonValueFromContainer(&call->json->root, name, strlen(name), NULL);
+	if (value == NULL || value->type != jbvBinary || !JsonContainerIsArray(value->val.binary.data))
+		return -1;
+	return JsonContainerSize(value->val.binary.data);
+}
+
 /*
  * payoutq.signature_is_valid(provider, header, body, at): is one of the v1 in
  * "t=<unix time>,v1=<hex>,..." the HMAC-SHA256 of "t.body", and t not long ago?
@@ -467,6 +480,7 @@ payoutq_signature_is_valid(PG_FUNCTION_ARGS)
 	char	   *secret = NULL;
 	StringInfoData text;
 	char	   *expected;
+	int			digits = 0;
 	int64		signed_at = 0;
 	bool		valid = false;
 
@@ -477,9 +491,12 @@ payoutq_signature_is_valid(PG_FUNCTION_ARGS)
 
 	initStringInfo(&text);
 	if (secret && strncmp(header, "t=", 2) == 0)
+		digits = strspn(header + 2, "0123456789");
+	/* The time that is checked must be all that is signed. */
+	if (digits > 0 && header[2 + digits] == ',')
 	{
 		signed_at = strtoll(header + 2, NULL, 10);
-		appendBinaryStringInfo(&text, header + 2, strspn(header + 2, "0123456789"));
+		appendBinaryStringInfo(&text, header + 2, digits);
 		appendStringInfoChar(&text, '.');
 		appendBinaryStringInfo(&text, VARDATA_ANY(body), VARSIZE_ANY_EXHDR(body));
 		expected = payoutq_hmac_sha256(secret, text.data, text.len);
@@ -496,5 +513,5 @@ payoutq_signature_is_valid(PG_FUNCTION_ARGS)
 	}
 	payoutq_engine_leave(&state);
 	SPI_finish();
-	PG_RETURN_BOOL(valid && Max(now, signed_at) - Min(now, signed_at) <= SIGNATURE_TOLERANCE_S);
+	PG_RETURN_BOOL(valid && signed_at >= now - SIGNATURE_TOLERANCE_S && signed_at <= now + SIGNATURE_TOLERANCE_S);
 }

@@ -154,6 +154,7 @@ extern char *payoutq_hmac_sha256(const char *secret, const char *text, int lengt
 extern Jsonb *payoutq_parse_json(const char *json, int length);
 extern char *payoutq_answer_at(const Call *call, const char *const *path, int depth);
 extern char *payoutq_answer_field(const Call *call, const char *name);
+extern int	payoutq_answer_count(const Call *call, const char *name);
 
 /* http.c */
 extern int	payoutq_http_capacity(void);

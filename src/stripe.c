@@ -180,17 +180,25 @@ read_transfer(Call *call)
 	}
 }
 
+/* That there is none is only said by a list of which all could be read. */
 static void
 read_list(Call *call)
 {
 	char	   *has_more = payoutq_answer_field(call, "has_more");
 	char	   *last = NULL;
-	char	   *id;
+	int			count = payoutq_answer_count(call, "data");
+	bool		readable = count >= 0;
 
-	for (int i = 0; (id = field(call, i, "id", NULL)) != NULL; i++)
+	for (int i = 0; i < count; i++)
 	{
+		char	   *id = field(call, i, "id", NULL);
 		char	   *key = field(call, i, "metadata", "payoutq_key");
 
+		if (id == NULL || id[0] == '\0')
+		{
+			readable = false;
+			continue;
+		}
 		if (key && strcmp(key, call->idempotency_key) == 0 && !is_of_another(call, i))
 		{
 			call->outcome = is_ours(call, i) ? CALL_SENT : CALL_UNKNOWN;
@@ -201,9 +209,9 @@ read_list(Call *call)
 		last = id;
 	}
 	call->outcome = CALL_UNKNOWN;
-	if (has_more && strcmp(has_more, "false") == 0)
+	if (readable && has_more && strcmp(has_more, "false") == 0)
 		call->outcome = CALL_ABSENT;
-	else if (has_more && last)
+	else if (readable && has_more && last)
 		call->cursor = last;
 	else
 		call->reason = pstrdup("the list of transfers is not complete");

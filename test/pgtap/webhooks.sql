@@ -2,7 +2,7 @@
 -- order, of others, or after somebody has decided by hand.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(228);
+SELECT plan(230);
 DROP ROLE IF EXISTS payoutq_test_hook, payoutq_test_looker;
 
 CREATE SERVER stripe FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'stripe', base_url 'https://127.0.0.1:1');
@@ -176,6 +176,9 @@ SELECT pg_temp.forged(what, pg_temp.signed(replace(replace(header, 'GOOD', :'goo
     ('an empty header',                     ''),
     ('commas only',                         ',,,')
   ) AS t (what, header);
+SELECT pg_temp.forged('a time that is not signed:' || t, pg_temp.signed('t=' || t || ',v1=' ||
+                          pg_temp.hmac('whsec_1', convert_to('.{"id": "evt_0", "type": "x"}', 'UTF8'))))
+  FROM unnest(ARRAY[' 1800000000', '+1800000000']) AS t;
 SELECT pg_temp.forged('another body: ' || body, pg_temp.signed('t=1800000000,v1=' || :'good'), body::bytea)
   FROM unnest(ARRAY['{"id": "evt_0", "type": "y"}', '{"id": "evt_0", "type": "x"} ', '{"type": "x", "id": "evt_0"}', '', '{}']) AS body;
 SELECT pg_temp.forged('no body', pg_temp.signed('t=1800000000,v1=' || :'good'), NULL);

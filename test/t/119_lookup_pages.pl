@@ -44,6 +44,16 @@ my $end = time() + 20;
 is($node->safe_psql('app', "SELECT t.status, generation, t.attempts, a.provider_reference FROM payout_transfers t JOIN payout_attempts a USING (transfer_id) WHERE job_id = $other AND attempt = 1"),
 	'unknown|1|3|tr_other', 'an answer with another transfer: it waits for somebody to look');
 is(scalar(grep { $_->{destination} eq 'acct_nothing' } @{ ask($provider, 'GET', '/books') }), 1, 'once');
+
+# A list that cannot be read does not say that there is none.
+$node->safe_psql('app', "SELECT payout_set_destination('list1', 'stripe', 'acct_list')");
+rule($provider, 'acct_list', fault => '500-done');
+rule($provider, '/v1/transfers', body => $_, times => 10)
+  foreach ('{"has_more": false}', '{"has_more": false, "data": {}}', '{"has_more": false, "data": [{"object": "transfer"}, null]}');
+$job = create_job($node, 'app', 'list', 1, prefix => 'list', args => q{provider => 'stripe'});
+ok(wait_for_job($node, 'app', $job, 'completed', 30), 'lists that say nothing, and then one that does');
+is($node->safe_psql('app', "SELECT generation FROM payout_transfers WHERE job_id = $job"), '1', 'it is found under its key');
+is(scalar(grep { $_->{destination} eq 'acct_list' } @{ ask($provider, 'GET', '/books') }), 1, 'and was sent once');
 books_ok($node, 'app', 'at the end');
 $node->stop;
 done_testing();
