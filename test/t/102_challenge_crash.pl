@@ -123,6 +123,8 @@ is($node->safe_psql('app', qq{
 		FROM payout_job_status($job) s, payout_challenges c WHERE c.id = $challenge}),
 	"$winners|0|1.0000|t|t|t|t|0|0", 'what is paid and the fee are the pool');
 
+$node->safe_psql('app', 'ANALYZE');
+
 # Reckoned without payout_split(): each has his exact share, rounded one way or the other.
 is($node->safe_psql('app', q{
 		SELECT count(*), count(*) FILTER (WHERE a.balance IS DISTINCT FROM 100 - s.amount AND s.side = 'NO'),
