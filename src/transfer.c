@@ -16,7 +16,6 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
-#include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
@@ -27,7 +26,6 @@
 #include "utils/lsyscache.h"
 #include "utils/regproc.h"
 #include "utils/rel.h"
-#include "utils/resowner.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
@@ -79,6 +77,7 @@ static const Transition transitions[] = {
 static Oid	callback_oid(const char *signature);
 static Oid	callback_owner(Oid callback);
 static void complete(int64 transfer_id);
+static void try_to_complete(void *arg);
 static bool leave_to_helper(TimestampTz due, TimestampTz now);
 
 PG_FUNCTION_INFO_V1(payoutq_check_transition);
@@ -265,37 +264,29 @@ leave_to_helper(TimestampTz due, TimestampTz now)
 static void
 complete(int64 transfer_id)
 {
-	static EngineStatement one = {
-		"SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t WHERE t.id = $1", 1, {INT8OID}, NULL
-	};
 	static EngineStatement postpone = {
 		"SELECT payoutq.postpone_callback($1, $2)", 2, {INT8OID, TEXTOID}, NULL
 	};
 	Datum		values[2] = {Int64GetDatum(transfer_id)};
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	ErrorData  *volatile error = NULL;
+	ErrorData  *error = payoutq_in_savepoint(try_to_complete, &transfer_id);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		(void) payoutq_execute(&one, values, NULL, SPI_OK_SELECT);
-		ReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-	}
-	PG_CATCH();
-	{
-		error = payoutq_catch(context, owner);
-		if (payoutq_is_interrupt(error))
-			ReThrowError(error);
-	}
-	PG_END_TRY();
 	if (error == NULL)
 		return;
+	if (payoutq_is_interrupt(error))
+		ReThrowError(error);
 	values[1] = CStringGetTextDatum(error->message);
 	(void) payoutq_execute(&postpone, values, NULL, SPI_OK_SELECT);
+}
+
+static void
+try_to_complete(void *arg)
+{
+	static EngineStatement one = {
+		"SELECT payoutq.complete_transfer(t) FROM payoutq.transfer t WHERE t.id = $1", 1, {INT8OID}, NULL
+	};
+	Datum		values[] = {Int64GetDatum(*(int64 *) arg)};
+
+	(void) payoutq_execute(&one, values, NULL, SPI_OK_SELECT);
 }
 
 /* When the next of them is due; 0: there is none. */
