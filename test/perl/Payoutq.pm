@@ -318,6 +318,7 @@ sub worker_errors
 	return join '', grep {
 		/ payoutq (worker|launcher) .*(WARNING|ERROR|FATAL|PANIC): /
 		  && !/FATAL:  terminating background worker/
+		  && !/WARNING:  canceling the wait for synchronous replication and terminating/
 	} split /^/, slurp_file($node->logfile, $offset // 0);
 }
 
