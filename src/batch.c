@@ -41,6 +41,9 @@
 /* The attempt that was counted before and has no outcome yet; job 0: none. */
 static Claim counted;
 
+/* There is no room for taking it back. */
+static bool cannot_take_back = false;
+
 /* A batch that was not paid, for a savepoint */
 typedef struct Failure
 {
@@ -262,6 +265,7 @@ payoutq_attempt_counted(const Claim *claim)
 		before_shmem_exit(take_back_at_exit, (Datum) 0);
 	registered = true;
 	counted = *claim;
+	cannot_take_back = false;
 }
 
 void
@@ -302,7 +306,8 @@ payoutq_take_attempt_back(const Claim *claim)
 bool
 payoutq_forget_attempt(void)
 {
-	return counted.job_id == 0 || payoutq_in_savepoint(take_counted_back, NULL) == NULL;
+	cannot_take_back = counted.job_id != 0 && payoutq_in_savepoint(take_counted_back, NULL) != NULL;
+	return !cannot_take_back;
 }
 
 static void
@@ -324,7 +329,8 @@ take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused(
 	EngineState state;
 	Claim		claim = counted;
 
-	if (counted.job_id == 0)
+	/* An error would be a fatal one now. */
+	if (counted.job_id == 0 || cannot_take_back)
 		return;
 	counted.job_id = 0;
 	AbortOutOfAnyTransaction();

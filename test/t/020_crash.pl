@@ -23,7 +23,7 @@ create_db_with_extension($node, 'app');
 # Half of the accounts are there already, so batches insert and update.
 create_job($node, 'app', 'half', $entries / 2);
 wait_for_job($node, 'app', "'half'");
-slow_down($node, 'app');
+slow_down($node, 'app', 40000);
 my $job = create_job($node, 'app', 'crashes', $entries, args => 'batch_size => 10');
 
 my @how = ('worker', 'worker', 'all', 'worker', 'worker', 'postmaster', 'worker');
