@@ -37,6 +37,7 @@ our @EXPORT = qw(
   create_db_with_extension
   create_job
   slow_down
+  speed_up
   wait_for
   wait_for_job
   paid_once_ok
@@ -130,7 +131,7 @@ sub create_job
 
 Makes a batch take some milliseconds, by work that is done while its accounts
 are changed, so that a job lasts long enough to be disturbed.  C<$work> is how
-many rows are counted (default: 20000).
+many rows are counted (default: 50000).
 
 =cut
 
@@ -138,7 +139,7 @@ sub slow_down
 {
 	my ($node, $db, $work) = @_;
 
-	$work //= 20000;
+	$work //= 50_000;
 	$node->safe_psql($db, qq{
 		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \$\$
 		BEGIN
@@ -147,6 +148,20 @@ sub slow_down
 		END \$\$;
 		CREATE TRIGGER slow AFTER INSERT OR UPDATE ON payoutq.account
 			FOR EACH STATEMENT EXECUTE FUNCTION slow()});
+	return;
+}
+
+=item speed_up($node, $db)
+
+Takes back C<slow_down>, so that what is left of a job need not last.
+
+=cut
+
+sub speed_up
+{
+	my ($node, $db) = @_;
+
+	$node->safe_psql($db, 'DROP FUNCTION slow CASCADE');
 	return;
 }
 

@@ -2,7 +2,7 @@
 -- order, of others, or after somebody has decided by hand.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(230);
+SELECT plan(232);
 DROP ROLE IF EXISTS payoutq_test_hook, payoutq_test_looker;
 
 CREATE SERVER stripe FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'stripe', base_url 'https://127.0.0.1:1');
@@ -397,6 +397,102 @@ CALL payout_process();
 SELECT is((SELECT format('%s %s %s', status, completed_count, failed_count) FROM payout_job_status(:wire)), 'completed 2 1', 'the job is completed');
 SELECT is(pg_temp.hook('bank', '{"id": "e1", "status": "sent"}'), 'ignored', 'kind external has web hooks alike');
 SELECT throws_ok($$SELECT pg_temp.hook('bank', '{"id": "e2", "reference": "ref w3", "status": "completed"}')$$, '42704', NULL, 'of its own transfers');
+
+-- ---------------------------------------------------------------------------
+-- Whatever a body may be
+-- ---------------------------------------------------------------------------
+
+-- What an event of Stripe is answered, or its SQLSTATE, and whether it changes
+-- anything; it is taken back. The outcome of the transfer to "lost" is unknown.
+CREATE FUNCTION pg_temp.tried(body bytea) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    before text := pg_temp.everything();
+    result text;
+BEGIN
+    BEGIN
+        result := payout_handle_webhook('stripe', pg_temp.header('stripe', body), body);
+        result := result || CASE WHEN pg_temp.everything() <> before THEN ', changed' ELSE '' END;
+        RAISE SQLSTATE 'PQ002';
+    EXCEPTION
+        WHEN SQLSTATE 'PQ002' THEN
+            RETURN result;
+        WHEN OTHERS THEN
+            RETURN SQLSTATE;
+    END;
+END $$;
+-- The same as it should be
+CREATE FUNCTION pg_temp.should(body bytea) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    event jsonb;
+    object jsonb;
+    lost jsonb := pg_temp.object('lost');
+BEGIN
+    event := convert_from(body, 'UTF8');
+    object := event #> '{data,object}';
+    IF event ->> 'id' IS NULL THEN
+        RETURN '22023';
+    ELSIF starts_with(event ->> 'type', 'transfer.') AND event ->> 'type' <> 'transfer.reversed'
+          AND octet_length(object ->> 'id') BETWEEN 1 AND 255 AND object -> 'reversed' IS DISTINCT FROM 'true'
+          AND (object ->> 'amount', object ->> 'currency', object ->> 'destination', object #>> '{metadata,payoutq_origin}')
+              = (lost ->> 'amount', lost ->> 'currency', lost ->> 'destination', lost #>> '{metadata,payoutq_origin}')
+          AND object #>> '{metadata,payoutq_key}' ~ format('^payout:0*%s(:g[0-9]{1,9})?$', pg_temp.t('lost')) THEN
+        RETURN 'accepted, changed';
+    END IF;
+    RETURN 'ignored';
+EXCEPTION
+    WHEN data_exception THEN
+        RETURN SQLSTATE;
+END $$;
+-- With a value or a key that is another, or is gone, up to three times
+CREATE FUNCTION pg_temp.other_values(event jsonb) RETURNS bytea LANGUAGE plpgsql AS $$
+DECLARE
+    paths text[] := '{id, type, data, "data,object", "data,object,id", "data,object,amount", "data,object,currency", "data,object,destination",
+                      "data,object,reversed", "data,object,metadata", "data,object,metadata,payoutq_key", "data,object,metadata,payoutq_origin"}';
+    others jsonb[] := ARRAY['null', 'true', '0', '-1', '100', '100.0', '1e2', '1e400', '""', '"100"', '"acct_lost"', '"transfer.reversed"', '"transfer."',
+                            '"payout:0"', '"payout:999999999999999999:g999999999"', '[]', '{}', '[{}]', '{"object": {}}',
+                            to_jsonb('payout:' || pg_temp.t('lost')), to_jsonb('payout:' || pg_temp.t('lost') || ':g7'), to_jsonb(repeat('x', 300)), to_jsonb(repeat('é', 200)),
+                            event, event #> '{data,object}'];
+    path text[];
+BEGIN
+    FOR n IN 1 .. 1 + floor(random() * 3) LOOP
+        path := string_to_array(paths[1 + floor(random() * cardinality(paths))], ',');
+        CONTINUE WHEN jsonb_typeof(event #> trim_array(path, 1)) IS DISTINCT FROM 'object';
+        event := CASE WHEN random() < 0.2 THEN event #- path ELSE jsonb_set(event, path, others[1 + floor(random() * cardinality(others))]) END;
+    END LOOP;
+    RETURN convert_to(event::text, 'UTF8');
+END $$;
+-- With bytes that are others, are gone, or are there twice, up to three times
+CREATE FUNCTION pg_temp.other_bytes(event jsonb) RETURNS bytea LANGUAGE plpgsql AS $$
+DECLARE
+    body bytea := convert_to(event::text, 'UTF8');
+    others bytea := '\x000a1f225c2c3a5b5d7b7d30392d2e6575ffc3a9eda080' || convert_to(' truefalsn', 'UTF8');
+    at integer;
+    size integer;
+BEGIN
+    FOR n IN 1 .. 1 + floor(random() * 3) LOOP
+        at := floor(random() * length(body));
+        size := 1 + floor(random() * 4);
+        body := CASE floor(random() * 3)
+                WHEN 0 THEN overlay(body PLACING substr(others, 1 + floor(random() * length(others))::integer, 1) FROM at + 1)
+                WHEN 1 THEN overlay(body PLACING '' FROM at + 1 FOR size)
+                ELSE overlay(body PLACING substr(body, at + 1, size) FROM at + 1 FOR 0) END;
+    END LOOP;
+    RETURN body;
+END $$;
+
+SELECT payout_set_destination('lost', 'stripe', 'acct_lost'), payout_create_job('lost', ARRAY['lost'], ARRAY[100], provider => 'stripe') \g /dev/null
+CALL payout_process();
+SELECT pg_temp.claim('stripe') \g /dev/null
+SELECT pg_temp.failed('lost', 'unknown') \g /dev/null
+CREATE TABLE app.tried (how text, body bytea, should text, result text);
+SELECT setseed(0.5) \g /dev/null
+INSERT INTO app.tried (how, body)
+SELECT how, CASE how WHEN 'values' THEN pg_temp.other_values(event) ELSE pg_temp.other_bytes(event) END
+  FROM (SELECT how, n, jsonb_build_object('id', 'evt', 'type', 'transfer.created', 'data', jsonb_build_object('object', pg_temp.object('lost'))) AS event
+          FROM unnest(ARRAY['values', 'bytes']) how, generate_series(1, 1000) n OFFSET 0) e;
+UPDATE app.tried SET should = pg_temp.should(body), result = pg_temp.tried(body);
+SELECT is_empty('SELECT how, should, result, encode(body, ''escape'') FROM app.tried WHERE result IS DISTINCT FROM should', 'whatever a body may be, nothing else happens');
+SELECT set_eq('SELECT DISTINCT should FROM app.tried', ARRAY['accepted, changed', 'ignored', '22021', '22023', '22P02'], '(all of it was tried)');
 
 -- ---------------------------------------------------------------------------
 -- Cleaning, and permissions

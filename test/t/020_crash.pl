@@ -46,7 +46,7 @@ foreach my $n (1 .. $kills)
 }
 cmp_ok($unpaid, '>', 0, 'the last kill was before the end');
 
-$node->safe_psql('app', 'DROP FUNCTION slow CASCADE');
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'the job is completed after all');
 is($node->safe_psql('app', qq{
 		SELECT completed_count, failed_count, amount_paid

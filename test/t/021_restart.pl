@@ -45,6 +45,7 @@ foreach my $mode ('fast', 'immediate', 'smart', 'immediate', 'fast')
 }
 cmp_ok($unpaid, '>', 0, 'the last restart was before the end');
 
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'the job is completed');
 paid_once_ok($node, 'app', $entries, 'at the end');
 

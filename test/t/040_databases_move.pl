@@ -15,7 +15,7 @@ use Time::HiRes qw(time);
 my $entries = 6000;
 my $node = start_node('main', conf => q(payoutq.interval = '1d'));
 create_db_with_extension($node, $_) foreach ('app', 'idle', 'busy');
-slow_down($node, $_) foreach ('app', 'busy');
+slow_down($node, $_, 200_000) foreach ('app', 'busy');
 my %job = map { $_ => create_job($node, $_, 'moved', $entries, args => 'batch_size => 10') }
   ('app', 'busy');
 my $offset = -s $node->logfile;
@@ -47,6 +47,7 @@ goes_on('app');
 goes_on('copy');
 foreach my $db ('app', 'copy')
 {
+	speed_up($node, $db);
 	ok(wait_for_job($node, $db, $job{app}), "the job in $db is completed");
 	paid_once_ok($node, $db, $entries, $db);
 }

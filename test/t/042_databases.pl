@@ -52,6 +52,7 @@ $node->safe_psql('b', 'CALL payout_process()');
 ok(wait_for_job($node, 'b', $job{b}), 'with payout_process()');
 
 # It is a list of names, not of patterns, and a wrong one does no harm.
+speed_up($node, 'c');
 set_databases('c, nosuch');
 ok(wait_for($node, 'postgres', $workers_in, 'c'), 'another list');
 ok(wait_for_job($node, 'c', $job{c}), 'the job that had to wait is completed');

@@ -34,6 +34,7 @@ ok(wait_for($node, 'app', qq{
 		  AND batches > 0 AND entries = 10 * batches}, 3),
 	'the view shows three at work');
 
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'the job is completed');
 paid_once_ok($node, 'app', $entries, 'at the end');
 is(worker_errors($node, 0), '', 'no complaint of a worker');

@@ -61,6 +61,7 @@ ok(wait_for_job($node, 'app', $next, 'completed', 10), 'started again, they pay 
 $before = $node->safe_psql('app', $paid);
 ok(wait_for($node, 'app', "SELECT ($paid) > $before OR ($paid) = $entries", 't', 10),
 	'and go on with the old one at once');
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'until it is completed');
 paid_once_ok($node, 'app', $entries, 'at the end');
 

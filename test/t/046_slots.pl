@@ -22,6 +22,7 @@ my $entries = 6000;
 my $job = create_job($node, 'app', 'job', $entries, args => 'batch_size => 10');
 ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 2),
 	'as many as there is room for');
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'they pay the job');
 paid_once_ok($node, 'app', $entries, 'one database');
 

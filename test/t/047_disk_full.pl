@@ -128,10 +128,12 @@ $node->stop;
 # WAL: the server stops at once, more than once
 # ---------------------------------------------------------------------------
 
-$node = start_node('wal', conf => "$conf\nmax_wal_size = 4MB\nmin_wal_size = 2MB\n",
+$node = start_node('wal', conf => "$conf\nmax_wal_size = 4MB\nmin_wal_size = 2MB\nwal_level = replica\n",
 	initdb => [ "--waldir=$disk/wal", '--wal-segsize=1' ]);
 create_db_with_extension($node, 'app');
-slow_down($node, 'app', 5000);
+slow_down($node, 'app');
+# However slow it is, no segment is used again.
+$node->safe_psql('app', q{SELECT pg_create_physical_replication_slot('keep', true)});
 $job = create_job($node, 'app', 'wal', 100_000, args => 'batch_size => 100');
 foreach my $round (1 .. 2)
 {
@@ -146,6 +148,7 @@ foreach my $round (1 .. 2)
 	unblamed_ok($node, 'app', $job, "WAL, round $round");
 	books_ok($node, 'app', "WAL, round $round");
 }
+speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'WAL: goes on');
 paid_once_ok($node, 'app', 100_000, 'WAL');
 $node->stop;

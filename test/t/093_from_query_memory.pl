@@ -28,7 +28,11 @@ expand('much', 1_000_000);
 my $after = peak($pid);
 note("$before kB, then $after kB");
 is(worker_pid($node, 'app'), $pid, 'the same worker has written both');
-cmp_ok($after - $before, '<', 8 * 1024, 'kB more for ten times as many entries');
+SKIP:
+{
+	skip 'AddressSanitizer keeps what was freed', 1 if slurp_file("/proc/$pid/maps") =~ /asan/;
+	cmp_ok($after - $before, '<', 8 * 1024, 'kB more for ten times as many entries');
+}
 
 $node->stop;
 done_testing();

@@ -111,7 +111,7 @@ foreach my $n (1 .. $kills)
 cmp_ok($unpaid, '>', 0, 'the last kill was before the end');
 
 # The end
-$node->safe_psql('app', 'DROP FUNCTION slow CASCADE');
+speed_up($node, 'app');
 ok(watch("s.status = 'completed'"), 'the job is completed after all');
 is_deeply(\@wrong, [], 'what was shown meanwhile was right');
 is($node->safe_psql('app', "SELECT status, result, completed_at IS NOT NULL FROM payout_challenges WHERE id = $challenge"),

@@ -66,7 +66,7 @@ $third->promote;
 is($third->safe_psql('app', "SELECT count(*) FROM payoutq.job WHERE reference = '$late->{name}:1'"), 0, 'and is lost');
 taken_over($third, 2);
 
-$third->safe_psql('app', 'DROP TRIGGER slow ON payoutq.account');
+speed_up($third, 'app');
 ok(wait_for_job($third, 'app', $big), 'the large job goes on to its end');
 paid_once_ok($third, 'app', $entries, 'after two failovers');
 is(worker_errors($_), '', 'no complaint of a worker on ' . $_->name) foreach ($second, $third);

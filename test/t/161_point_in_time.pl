@@ -36,8 +36,7 @@ my $most = $node->safe_psql('app', $paid);
 cmp_ok($most, '<', $entries, 'still in the middle');
 
 # What happens afterwards is not restored: one transfer is sent, and the job ends.
-my $fast = 'DROP TRIGGER slow ON payoutq.account';
-$node->safe_psql('app', $fast);
+speed_up($node, 'app');
 create_job($node, 'app', 'after', 10, prefix => 'after');
 my $sent = $node->safe_psql('app', q{SELECT user_id FROM payout_claim_transfers('bank', 1)});
 ok(wait_for_job($node, 'app', $job), 'the job ends');
@@ -61,7 +60,7 @@ ok($least <= $status && $status <= $most, "the job is where it was: $least <= $s
 is($restored->safe_psql('app', q{SELECT string_agg(reference, ' ' ORDER BY reference) FROM payout_jobs}), 'before half transfers', 'with the jobs of that moment');
 books_ok($restored, 'app', 'restored');
 
-$restored->safe_psql('app', $fast);
+speed_up($restored, 'app');
 $restored->append_conf('postgresql.conf', 'payoutq.workers = 2');
 $restored->reload;
 ok(wait_for_job($restored, 'app', $job), 'the job goes on by itself');
