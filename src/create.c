@@ -57,6 +57,9 @@ static int64 existing_job(const JobSpec *spec, bytea *hash);
 static bytea *hash_payload(const JobSpec *spec);
 static void write_entries(const JobSpec *spec, int64 job_id);
 
+/* A contest that nobody has won */
+static const char *const null_winners = "An aggregate of no rows is null; without winners, create no job.";
+
 PG_FUNCTION_INFO_V1(payout_create_job_jsonb);
 PG_FUNCTION_INFO_V1(payout_create_job_arrays);
 PG_FUNCTION_INFO_V1(payout_create_job_from);
@@ -64,12 +67,13 @@ PG_FUNCTION_INFO_V1(payoutq_read_winners_jsonb);
 PG_FUNCTION_INFO_V1(payoutq_read_winners_arrays);
 
 static void
-require_argument(FunctionCallInfo fcinfo, int n, const char *name)
+require_argument(FunctionCallInfo fcinfo, int n, const char *name, const char *hint)
 {
 	if (PG_ARGISNULL(n))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("%s must not be null", name)));
+				 errmsg("%s must not be null", name),
+				 hint ? errhint("%s", hint) : 0));
 }
 
 Datum
@@ -77,7 +81,7 @@ payout_create_job_jsonb(PG_FUNCTION_ARGS)
 {
 	JobSpec		spec = {0};
 
-	require_argument(fcinfo, 1, "winners");
+	require_argument(fcinfo, 1, "winners", null_winners);
 	read_common_arguments(fcinfo, 2, &spec);
 	payoutq_winners_from_jsonb(PG_GETARG_JSONB_P(1), &spec.winners);
 	return create_job(&spec);
@@ -88,8 +92,8 @@ payout_create_job_arrays(PG_FUNCTION_ARGS)
 {
 	JobSpec		spec = {0};
 
-	require_argument(fcinfo, 1, "user_ids");
-	require_argument(fcinfo, 2, "amounts");
+	require_argument(fcinfo, 1, "user_ids", null_winners);
+	require_argument(fcinfo, 2, "amounts", null_winners);
 	read_common_arguments(fcinfo, 3, &spec);
 	payoutq_winners_from_arrays(PG_GETARG_ARRAYTYPE_P(1), PG_GETARG_ARRAYTYPE_P(2),
 								&spec.winners);
@@ -101,7 +105,7 @@ payout_create_job_from(PG_FUNCTION_ARGS)
 {
 	JobSpec		spec = {0};
 
-	require_argument(fcinfo, 1, "query");
+	require_argument(fcinfo, 1, "query", NULL);
 	read_common_arguments(fcinfo, 2, &spec);
 	spec.query = text_to_cstring(PG_GETARG_TEXT_PP(1));
 	spec.settings = payoutq_query_settings();
@@ -305,7 +309,7 @@ existing_job(const JobSpec *spec, bytea *hash)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNIQUE_VIOLATION),
 				 errmsg("reference \"%s\" is taken by job " INT64_FORMAT, spec->reference, job_id),
-				 errdetail("That job has another payload: other winners, amounts, pool, fee, currency, challenge or source account."),
+				 errdetail("That job has another payload: winners or query, amounts, pool, fee, currency, challenge, source account or provider differ."),
 				 errhint("Use a reference of its own for each settlement.")));
 	return job_id;
 }

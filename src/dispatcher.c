@@ -250,6 +250,7 @@ load_providers(void)
 	{
 		char	   *name = payoutq_result_cstring(i, 1);
 		Provider   *provider = find_provider(name);
+		const char *problem = provider ? provider->problem : NULL;
 		bool		isnull;
 
 		if (provider == NULL)
@@ -263,6 +264,9 @@ load_providers(void)
 		pfree(name);
 		provider->gone = false;
 		payoutq_configure_provider(provider, payoutq_result(i, 2, &isnull));
+		if (provider->problem && provider->problem != problem)
+			ereport(WARNING,
+					(errmsg("could not use provider \"%s\": %s", provider->name, provider->problem)));
 		provider->open_until = DatumGetTimestampTz(payoutq_result(i, 3, &isnull));
 		if (isnull)
 			provider->open_until = 0;

@@ -98,6 +98,9 @@ refuse_to_drop_provider(const char *name)
 	EngineState state;
 	bool		found;
 
+	/* All of the extension is being dropped, which refuse_to_drop_books() sees to. */
+	if (!OidIsValid(get_relname_relid("transfer", get_namespace_oid("payoutq", true))))
+		return;
 	SPI_connect();
 	payoutq_engine_enter(&state);
 	found = payoutq_execute(&find, values, NULL, SPI_OK_SELECT) > 0;

@@ -117,7 +117,7 @@ read_status(Call *call, const char *status)
 	char	   *class = payoutq_answer_field(call, "class");
 	char	   *reason = payoutq_answer_field(call, "reason");
 
-	if (reason)
+	if (reason || (done && (strcmp(status, "completed") == 0 || strcmp(status, "sent") == 0)))
 		call->reason = reason;
 	if (done && strcmp(status, "completed") == 0)
 		call->outcome = CALL_COMPLETED;

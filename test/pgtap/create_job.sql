@@ -2,7 +2,7 @@
 -- everything that they refuse.
 \ir fresh.psql
 BEGIN;
-SELECT plan(124);
+SELECT plan(126);
 
 -- ---------------------------------------------------------------------------
 -- The forms
@@ -88,6 +88,20 @@ SELECT is((SELECT count(*)::int FROM payout_batches WHERE job_id = :job), 2, 'a 
 
 SELECT lives_ok($$SELECT payout_create_job('b1', ARRAY['u'], ARRAY[1], batch_size => 1)$$, 'batch_size 1 is allowed');
 SELECT lives_ok($$SELECT payout_create_job('b10000', ARRAY['u'], ARRAY[1], batch_size => 10000)$$, 'batch_size 10000 is allowed');
+-- A contest without winners: array_agg() and jsonb_agg() are null.
+CREATE FUNCTION pg_temp.hint(call text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    hint text;
+BEGIN
+    EXECUTE call;
+    RETURN 'no error';
+EXCEPTION WHEN invalid_parameter_value THEN
+    GET STACKED DIAGNOSTICS hint = PG_EXCEPTION_HINT;
+    RETURN hint;
+END $$;
+SELECT matches(pg_temp.hint(format('SELECT payout_create_job(''none'', %s) FROM unnest(''{}''::text[]) u', winners)), 'without winners, create no job', winners)
+  FROM unnest(ARRAY['array_agg(u), array_agg(1::bigint)', 'jsonb_agg(u)']) winners;
+
 SELECT throws_ok($$SELECT payout_create_job('b0', ARRAY['u'], ARRAY[1], batch_size => 0)$$, '22023', NULL, 'batch_size 0');
 SELECT throws_ok($$SELECT payout_create_job('b-1', ARRAY['u'], ARRAY[1], batch_size => -1)$$, '22023', NULL, 'batch_size -1');
 SELECT throws_ok($$SELECT payout_create_job('b10001', ARRAY['u'], ARRAY[1], batch_size => 10001)$$, '22023', NULL, 'batch_size 10001');

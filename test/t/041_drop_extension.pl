@@ -67,11 +67,12 @@ paid_once_ok($node, 'app', 100, 'after the ROLLBACK');
 # It is refused while the ledger has entries, whatever would drop it, also in a
 # server without the worker.
 $node->append_conf('postgresql.conf', 'payoutq.allow_drop = off');
+my $provider = q{CREATE SERVER bank FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external')};
 foreach my $preload ('payoutq', '')
 {
 	$node->append_conf('postgresql.conf', "shared_preload_libraries = '$preload'");
 	$node->restart;
-	foreach my $command ('DROP EXTENSION payoutq', 'DROP EXTENSION payoutq CASCADE', 'DROP OWNED BY keeper CASCADE',
+	foreach my $command ('DROP EXTENSION payoutq', "$provider; DROP EXTENSION payoutq CASCADE", "$provider; DROP OWNED BY keeper CASCADE",
 		'SET LOCAL payoutq.allow_drop = on; SET LOCAL payoutq.allow_drop = off; DROP EXTENSION payoutq')
 	{
 		my ($code, $out, $error) = $node->psql('app', "\\set VERBOSITY verbose\nBEGIN; SELECT payout_balance('u1'); $command");
@@ -80,8 +81,9 @@ foreach my $preload ('payoutq', '')
 	}
 	paid_once_ok($node, 'app', 100, 'nothing has changed');
 }
-$node->safe_psql('app', 'SET payoutq.allow_drop = on; DROP EXTENSION payoutq');
+$node->safe_psql('app', "$provider; SET payoutq.allow_drop = on; DROP EXTENSION payoutq CASCADE");
 $node->safe_psql('app', 'CREATE EXTENSION payoutq; DROP EXTENSION payoutq');
+$node->safe_psql('app', "CREATE EXTENSION payoutq; $provider; DROP EXTENSION payoutq CASCADE");
 pass('an empty ledger is dropped as it is');
 
 $node->stop;

@@ -94,7 +94,9 @@ my @questions = grep { $_->{method} eq 'GET' } @{ ask($provider, 'GET', '/reques
 is(join(' ', map { $_->{url} } @questions), join(' ', ('/status?via=wire&reference=w%261') x 3), 'three questions');
 ok(is_signed($questions[0], 'w&1'), 'which are signed too');
 rule($provider, 'to ask2', body => '{"status": "sent", "reference": "pay_' . (3 + keys %rows) . '"}');
-ok(wait_for_job($node, 'app', pay('wire', 'ask2')), 'one that is confirmed');
+$job = pay('wire', 'ask2');
+ok(wait_for_job($node, 'app', $job), 'one that is confirmed');
+is($node->safe_psql('app', "SELECT status, error FROM payout_transfers WHERE job_id = $job"), 'completed|', 'without a reason');
 
 # Confirmed by the application, which calls payout_confirm_transfer().
 rule($provider, "to $_", unreached => 1, body => "{\"status\": \"sent\", \"reference\": \"$_\"}") foreach ('h1', 'h2');
