@@ -1,7 +1,7 @@
 -- pause, resume, cancel, retry, trigger: what they do, and in which states of
 -- a job they are refused.
 \ir fresh.psql
-SELECT plan(47);
+SELECT plan(51);
 
 -- ---------------------------------------------------------------------------
 -- A job in each state
@@ -142,6 +142,26 @@ SELECT results_eq(format('SELECT status, completed_count, failed_count, progress
 SELECT is(payout_balance('@platform', 'GEM'), 9::bigint, 'and the fee was taken once');
 SELECT is(payout_retry_job(:retry), 0::bigint, 'there is nothing to retry any more');
 SELECT is((SELECT status FROM payout_job_status(:retry)), 'completed', 'so the job stays completed');
+
+-- Who never can be paid: the money goes back.
+SELECT payout_balance('@outside', 'GEM') AS outside \gset
+SELECT payout_create_job('never', ARRAY['here', 'never'], ARRAY[10, 20], currency => 'GEM') AS never \gset
+CALL payout_process(NULL, :never);
+SELECT payout_trigger_job(:never) \g /dev/null
+CALL payout_process(NULL, :never);
+SELECT payout_trigger_job(:never) \g /dev/null
+CALL payout_process(NULL, :never);
+SELECT payout_trigger_job(:never) \g /dev/null
+CALL payout_process(NULL, :never);
+SELECT payout_trigger_job(:never) \g /dev/null
+CALL payout_process(NULL, :never);
+SELECT is((SELECT format('%s %s', status, failed_count) FROM payout_job_status(:never)), 'completed 1', '(one has failed for good)');
+BEGIN;
+SELECT payout_retry_job(:never), payout_cancel_job(:never, 'has left') \g /dev/null
+COMMIT;
+SELECT is((SELECT format('%s %s %s', status, completed_count, amount_paid) FROM payout_job_status(:never)), 'cancelled 1 10', 'retried and cancelled, what is paid stays paid');
+SELECT is(payout_balance('@outside', 'GEM') - :outside, -10::bigint, 'and the rest goes back');
+SELECT is_empty(format('SELECT FROM payout_failed_entries WHERE job_id = %s', :never), 'nothing of it is shown as failed');
 
 INSERT INTO app.wallet VALUES ('u', 0);
 SELECT is(payout_retry_job(:failed), 1::bigint, 'a job that could not run is retried with all its entries');
