@@ -452,7 +452,8 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   DETAIL = CASE WHEN target.status <> 'processing' THEN format('It is %s.', target.status)
                                 ELSE format('Attempt %s is at it by now.', target.attempts) END,
-                  HINT = 'Nothing was changed. What the provider has done under the idempotency key is found by the next attempt.';
+                  HINT = 'Nothing was changed. ' || CASE WHEN target.status IN ('sent', 'completed') THEN 'If this is what it should be, there is nothing left to report.'
+                                                         ELSE 'What the provider has done under the idempotency key is found by the next attempt.' END;
     END IF;
     RETURN target;
 END $$;
@@ -583,7 +584,7 @@ END $$;
 CREATE FUNCTION payoutq.backoff(failures integer) RETURNS interval
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT least(payoutq.setting('payoutq.retry_cap')::interval,
-                 payoutq.setting('payoutq.retry_base')::interval * 2 ^ least(failures - 1, 30)) * (0.5 + random() / 2)
+                 payoutq.setting('payoutq.retry_base')::interval * 2 ^ least(failures - 1, 20)) * (0.5 + random() / 2)
 $$;
 
 -- Waits as long as the provider asks for, else with backoff. An attempt that

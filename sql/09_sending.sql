@@ -63,18 +63,25 @@ BEGIN
            SET outcome = 'sent', finished_at = target.updated_at, provider_reference = reference, http_status = record_answer.http_status
          WHERE a.transfer_id = target.id AND a.attempt = target.attempts;
         DELETE FROM payoutq.circuit c WHERE c.provider = target.provider;
-        IF target.id IS NULL
-           -- Its web hook was first.
-           AND NOT EXISTS (SELECT FROM payoutq.transfer t WHERE t.id = transfer_id AND t.provider_reference = reference) THEN
-            RAISE LOG 'the answer to transfer % came late: %', transfer_id, outcome;
+        IF target.id IS NOT NULL THEN
+            RETURN;
         END IF;
-        RETURN;
+    ELSE
+        SELECT t.* INTO target FROM payoutq.transfer t
+         WHERE t.id = transfer_id AND t.status = 'processing' AND t.token = record_answer.token FOR UPDATE;
     END IF;
-
-    SELECT t.* INTO target FROM payoutq.transfer t
-     WHERE t.id = transfer_id AND t.status = 'processing' AND t.token = record_answer.token FOR UPDATE;
-    IF NOT FOUND THEN
+    IF target.id IS NULL THEN
+        IF EXISTS (SELECT FROM payoutq.transfer t WHERE t.id = transfer_id AND t.provider_reference = reference) THEN
+            RETURN;  -- its web hook was first
+        END IF;
         RAISE LOG 'the answer to transfer % came late: %', transfer_id, outcome;
+        -- It was failed meanwhile, or goes on under another key.
+        SELECT t.* INTO target FROM payoutq.transfer t JOIN payoutq.attempt a ON a.transfer_id = t.id AND a.token = record_answer.token
+         WHERE t.id = record_answer.transfer_id AND (t.status = 'failed_terminal' OR t.generation <> a.generation) FOR UPDATE OF t;
+        IF FOUND AND outcome IN ('sent', 'completed') THEN
+            PERFORM payoutq.adopt_transfer(target, payoutq.idempotency_key(target.id, a.generation), reference)
+               FROM payoutq.attempt a WHERE a.transfer_id = target.id AND a.token = record_answer.token;
+        END IF;
         RETURN;
     END IF;
     UPDATE payoutq.attempt a SET http_status = record_answer.http_status, provider_reference = reference
@@ -120,7 +127,7 @@ BEGIN
     INSERT INTO payoutq.circuit AS c VALUES (provider, 1, clock_timestamp() + pause, reason, outcome = 'unfunded')
     ON CONFLICT ON CONSTRAINT circuit_pkey DO UPDATE
        SET failures = c.failures + 1, reason = excluded.reason, sends_only = excluded.sends_only,
-           open_until = clock_timestamp() + pause * least(15, 2 ^ c.failures)
+           open_until = clock_timestamp() + pause * least(15, 2 ^ least(c.failures, 4))
      WHERE c.open_until <= clock_timestamp();
 END $$;
 

@@ -83,6 +83,7 @@ static bool is_open(const Provider *provider, bool asks, TimestampTz now);
 static ArrayType *busy_with(const Provider *provider, CallPurpose purpose);
 static Call *new_call(Provider *provider, CallPurpose purpose, int row);
 static void start_calls(void);
+static bool lease_is_short(Call *call);
 static void collect(void);
 static bool record_safely(Call *call);
 static ErrorData *try_to_record(Call *call);
@@ -631,6 +632,8 @@ start_calls(void)
 		switch (call->purpose)
 		{
 			case CALL_SEND:
+				if (lease_is_short(call))
+					break;
 				kind->send(call);
 				break;
 			case CALL_CONFIRM:
@@ -655,6 +658,21 @@ start_calls(void)
 	claimed = NIL;
 	CurrentResourceOwner = NULL;
 	MemoryContextSwitchTo(caller);
+}
+
+/*
+ * The commit of the claim has taken so long (it may wait for a standby) that the
+ * lease could lapse during the call: then somebody may fail the transfer.
+ */
+static bool
+lease_is_short(Call *call)
+{
+	if (TimestampTzPlusMilliseconds(GetCurrentTimestamp(), call->provider->timeout_ms) < call->lease_until)
+		return false;
+	call->outcome = CALL_TRANSIENT;
+	call->reason = pstrdup("the lease had nearly ended before the call");
+	call->retry_after = -1;
+	return true;
 }
 
 static void
@@ -686,15 +704,16 @@ collect(void)
 /*
  * Returns true if there is nothing left to do for the call.  An answer that
  * meets a lock is recorded later; of one that cannot be recorded it is not
- * known what it was.  Questions are simply asked again, and pushes not repeated.
+ * known what it was.  Questions are asked again, and pushes not repeated.
  */
 static bool
 record_safely(Call *call)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	ErrorData  *error = try_to_record(call);
+	bool		asks = call->purpose == CALL_CONFIRM || call->purpose == CALL_LOOKUP;
 
-	if (error == NULL || (call->purpose != CALL_SEND && call->purpose != CALL_PUSH))
+	if (error == NULL || (asks && payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT))
 		return true;
 	if (payoutq_classify(error->sqlerrcode) == FAILURE_TRANSIENT &&
 		TimestampTzPlusMilliseconds(now, LEASE_MARGIN_MS / 2) < call->lease_until)
@@ -707,7 +726,8 @@ record_safely(Call *call)
 			 errmsg("could not record the answer to %s " INT64_FORMAT ": %s",
 					call->purpose == CALL_PUSH ? "notification" : "transfer", call->transfer_id, error->message)));
 	call->outcome = CALL_UNKNOWN;
-	call->reference = NULL;
+	if (!asks)
+		call->reference = NULL;
 	call->reason = psprintf("the answer could not be recorded: %s", error->message);
 	(void) try_to_record(call);
 	return true;
@@ -733,8 +753,11 @@ record(void *arg)
 		"SELECT payoutq.record_answer($1, $2::uuid, $3, $4, $5, $6, $7)",
 		7, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID}, NULL
 	};
+	/* The transfer may have been rejected and sent again since it was asked for. */
 	static EngineStatement confirmation = {
-		"SELECT payoutq.record_confirmation($1, $2, $3)", 3, {INT8OID, TEXTOID, TEXTOID}, NULL
+		"SELECT payoutq.record_confirmation(t.id, $2, $3)"
+		"  FROM (SELECT id FROM payoutq.transfer WHERE id = $1 AND provider_reference = $4 FOR UPDATE) t",
+		4, {INT8OID, TEXTOID, TEXTOID, TEXTOID}, NULL
 	};
 	static EngineStatement lookup = {
 		"SELECT payoutq.record_lookup($1, $2, $3, $4, $5)", 5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}, NULL
@@ -758,7 +781,7 @@ record(void *arg)
 	else if (call->purpose == CALL_CONFIRM)
 	{
 		Datum		values[] = {Int64GetDatum(call->transfer_id),
-			CStringGetTextDatum(outcomes[call->outcome]), reason};
+			CStringGetTextDatum(outcomes[call->outcome]), reason, CStringGetTextDatum(call->reference)};
 
 		nulls[2] = call->reason ? ' ' : 'n';
 		(void) payoutq_execute(&confirmation, values, nulls, SPI_OK_SELECT);

@@ -23,8 +23,8 @@ static int	calls = 0;
 
 static void begin(void);
 static void block_signals(sigset_t *before);
+static int	begin_request(void *arg, char *to, char *from, int to_port, int from_port);
 static size_t write_answer(char *data, size_t size, size_t count, void *arg);
-static bool was_never_sent(const Call *call);
 static void classify(Call *call);
 static void read_answer(Call *call);
 static bool is_text(const char *answer, int length);
@@ -81,13 +81,11 @@ payoutq_http_start(Call *call)
 		curl_easy_setopt(h, CURLOPT_WRITEFUNCTION, write_answer);
 		curl_easy_setopt(h, CURLOPT_WRITEDATA, call);
 		curl_easy_setopt(h, CURLOPT_HTTPHEADER, call->headers);
+		curl_easy_setopt(h, CURLOPT_PREREQFUNCTION, begin_request);
+		curl_easy_setopt(h, CURLOPT_PREREQDATA, call);
 		if (call->purpose == CALL_PUSH)
 		{
-			/*
-			 * When a connection that was used before ends without an answer,
-			 * libcurl makes the call again, which is harmless only if it has an
-			 * idempotency key.
-			 */
+			/* It is lost when it may have been made, as on a connection that just ends. */
 			curl_easy_setopt(h, CURLOPT_FRESH_CONNECT, 1L);
 			curl_easy_setopt(h, CURLOPT_FORBID_REUSE, 1L);
 		}
@@ -109,6 +107,23 @@ payoutq_http_start(Call *call)
 				 errmsg("could not start a call with libcurl")));
 	ReserveExternalFD();
 	calls++;
+}
+
+/*
+ * There is a connection, and the request follows.  When one that was used before
+ * ends without an answer, libcurl makes the request again by itself; what comes
+ * of that says nothing of the first one, so it may not.
+ */
+static int
+begin_request(void *arg, char *to pg_attribute_unused(), char *from pg_attribute_unused(),
+			  int to_port pg_attribute_unused(), int from_port pg_attribute_unused())
+{
+	Call	   *call = arg;
+
+	if (call->begun && (call->purpose == CALL_SEND || call->purpose == CALL_PUSH))
+		return CURL_PREREQFUNC_ABORT;
+	call->begun = true;
+	return CURL_PREREQFUNC_OK;
 }
 
 static size_t
@@ -196,30 +211,7 @@ payoutq_http_done(void)
 }
 
 /*
- * There was no connection, or no time to send anything.  Not all versions of
- * libcurl leave that time at zero when they could not connect.
- */
-static bool
-was_never_sent(const Call *call)
-{
-	double		sent_after = 0;
-
-	switch (call->code)
-	{
-		case CURLE_COULDNT_RESOLVE_PROXY:
-		case CURLE_COULDNT_RESOLVE_HOST:
-		case CURLE_COULDNT_CONNECT:
-		case CURLE_SSL_CONNECT_ERROR:
-		case CURLE_PEER_FAILED_VERIFICATION:
-			return true;
-		default:
-			curl_easy_getinfo(call->handle, CURLINFO_PRETRANSFER_TIME, &sent_after);
-			return sent_after == 0;
-	}
-}
-
-/*
- * Without an answer: what was never sent is tried again, and uses up no attempt,
+ * Without an answer: what was never begun is tried again, and uses up no attempt,
  * since it is nobody's fault; of all else nobody knows.
  */
 static void
@@ -241,8 +233,9 @@ classify(Call *call)
 	}
 	else
 	{
-		call->outcome = was_never_sent(call) ? CALL_UNREACHABLE : CALL_UNKNOWN;
+		call->outcome = call->begun ? CALL_UNKNOWN : CALL_UNREACHABLE;
 		call->reason = call->too_long ? psprintf("the answer is longer than %d bytes", MAX_ANSWER) :
+			call->code == CURLE_ABORTED_BY_CALLBACK ? pstrdup("the connection ended without an answer") :
 			pstrdup(curl_easy_strerror(call->code));
 	}
 	if (call->reason && strlen(call->reason) > MAX_REASON)
@@ -322,6 +315,7 @@ end_handle(Call *call)
 	call->headers = NULL;
 	call->answer = NULL;
 	call->length = 0;
+	call->begun = false;
 	call->too_long = false;
 }
 

@@ -120,6 +120,7 @@ typedef struct Call
 	CURL	   *handle;
 
 	/* the answer */
+	bool		begun;			/* it may have been sent */
 	CURLcode	code;
 	long		http_status;
 	char	   *answer;			/* by malloc; NULL: none has come */

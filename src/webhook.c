@@ -124,7 +124,7 @@ read_status(Call *call, const char *status)
 	else if (done && strcmp(status, "sent") == 0 && (reference || call->purpose == CALL_CONFIRM))
 		call->outcome = call->purpose == CALL_CONFIRM ? CALL_UNKNOWN : CALL_SENT;
 	else if (strcmp(status, "failed") == 0 && call->purpose == CALL_CONFIRM)
-		call->outcome = CALL_REJECTED;
+		call->outcome = class == NULL || strcmp(class, "permanent") == 0 ? CALL_REJECTED : CALL_UNKNOWN;
 	else if (strcmp(status, "failed") == 0 && class)
 		call->outcome = strcmp(class, "permanent") == 0 ? CALL_PERMANENT :
 			strcmp(class, "transient") == 0 ? CALL_TRANSIENT : CALL_UNKNOWN;

@@ -2,7 +2,7 @@
 -- order, of others, or after somebody has decided by hand.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(232);
+SELECT plan(239);
 DROP ROLE IF EXISTS payoutq_test_hook, payoutq_test_looker;
 
 CREATE SERVER stripe FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'stripe', base_url 'https://127.0.0.1:1');
@@ -397,6 +397,29 @@ CALL payout_process();
 SELECT is((SELECT format('%s %s %s', status, completed_count, failed_count) FROM payout_job_status(:wire)), 'completed 2 1', 'the job is completed');
 SELECT is(pg_temp.hook('bank', '{"id": "e1", "status": "sent"}'), 'ignored', 'kind external has web hooks alike');
 SELECT throws_ok($$SELECT pg_temp.hook('bank', '{"id": "e2", "reference": "ref w3", "status": "completed"}')$$, '42704', NULL, 'of its own transfers');
+
+-- ---------------------------------------------------------------------------
+-- The dispatcher's own call, answered when somebody has decided by hand
+-- ---------------------------------------------------------------------------
+
+SELECT payout_set_destination(u, 'stripe', 'acct_' || u) FROM unnest(ARRAY['tardy', 'tardy2', 'tardy3']) u \g /dev/null
+SELECT payout_create_job('tardy', ARRAY['tardy', 'tardy2', 'tardy3'], ARRAY[100, 100, 100], provider => 'stripe') \g /dev/null
+CALL payout_process();
+SELECT pg_temp.claim('stripe') \g /dev/null
+SELECT pg_temp.lapse(u), payout_fail_transfer(pg_temp.t(u), 'somebody thought so') FROM unnest(ARRAY['tardy', 'tardy2', 'tardy3']) u \g /dev/null
+SELECT payout_retry_transfer(pg_temp.t('tardy2')) \g /dev/null
+SELECT is(pg_temp.state('tardy2'), 'pending - 1 g2', '(it goes on under another key)');
+SELECT payoutq.record_answer(pg_temp.t(u), pg_temp.token(u), 'sent', 'tr_' || u, NULL, 200, -1) FROM unnest(ARRAY['tardy', 'tardy2']) u \g /dev/null
+SELECT is(pg_temp.state('tardy'), 'failed_terminal tr_tardy 1 g1', 'what was failed, and made all the same, stays failed');
+SELECT is((SELECT error FROM payout_transfers WHERE user_id = 'tardy'), 'failed here, and made by the provider', 'and says so');
+SELECT is((SELECT value FROM payout_health WHERE check_name = 'transfers_made_twice'), 1::numeric, 'which is an alert');
+SELECT is(pg_temp.state('tardy2'), 'sent tr_tardy2 2 g1', 'what goes on under another key is sent, and that key is not used');
+SELECT payoutq.record_answer(pg_temp.t('tardy3'), pg_temp.token('tardy3'), 'transient', NULL, 'no', 500, -1) \g /dev/null
+SELECT is(pg_temp.state('tardy3'), 'failed_terminal - 1 g1', 'other answers change nothing');
+
+INSERT INTO payoutq.circuit VALUES ('stripe', 1024, clock_timestamp(), 'not there', false);
+SELECT lives_ok($$SELECT payoutq.open_circuit('stripe', 'unreachable', 'still not there')$$, 'a provider may be away for days');
+DELETE FROM payoutq.circuit;
 
 -- ---------------------------------------------------------------------------
 -- Whatever a body may be

@@ -13,6 +13,7 @@
 //   GET    /hooks      web hooks since the last time, signed with SECRET: each before its transfer is
 //                      answered, in any order, some of them twice
 //   POST   /rules      what the next calls for a destination get: see "faults"
+//   DELETE /rules      forgets them
 //   POST   /release    ends the waiting of answers with "hold"
 //   DELETE /requests   forgets requests and measures
 //
@@ -240,6 +241,10 @@ const controls = {
   'POST /rules': (body) => {
     rules.push({ times: 1, ...JSON.parse(body) });
     return rules;
+  },
+  'DELETE /rules': () => {
+    rules = [];
+    return true;
   },
   'POST /release': () => {
     const ready = held;

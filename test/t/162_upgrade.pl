@@ -78,6 +78,7 @@ foreach my $script (glob "$tree/test/upgrade/payoutq--*.sql")
 		  or diag('A change takes a new default_version in payoutq.control, and an update script in sql/.');
 		next;
 	}
+	unlink("$extensions/payoutq--$version.sql");		# a link to what an older package has left
 	copy($script, $extensions) or die "could not copy $script: $!";
 	update_from($version);
 }
