@@ -52,6 +52,7 @@ static void object_access(ObjectAccessType access, Oid classId, Oid objectId,
 						  int subId, void *arg);
 static void refuse_to_drop_books(void);
 static void refuse_to_drop_provider(const char *name);
+static bool is_sent_to(const char *provider);
 static bool is_provider(Oid server);
 static void hold_off_workers(Oid database);
 
@@ -89,28 +90,40 @@ is_provider(Oid server)
 static void
 refuse_to_drop_provider(const char *name)
 {
-	static EngineStatement find = {
-		"SELECT FROM payoutq.transfer t WHERE t.provider = $1"
-		"   AND t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed') LIMIT 1",
-		1, {TEXTOID}, NULL
-	};
-	Datum		values[] = {CStringGetTextDatum(name)};
-	EngineState state;
-	bool		found;
-
 	/* All of the extension is being dropped, which refuse_to_drop_books() sees to. */
 	if (!OidIsValid(get_relname_relid("transfer", get_namespace_oid("payoutq", true))))
 		return;
-	SPI_connect();
-	payoutq_engine_enter(&state);
-	found = payoutq_execute(&find, values, NULL, SPI_OK_SELECT) > 0;
-	payoutq_engine_leave(&state);
-	SPI_finish();
-	if (found)
+	if (is_sent_to(name))
 		ereport(ERROR,
 				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
-				 errmsg("cannot drop provider \"%s\" because it has transfers that have not ended", name),
-				 errhint("Let them end, or cancel their jobs; payout_transfers shows them.")));
+				 errmsg("cannot drop provider \"%s\" because it has jobs or transfers that have not ended", name),
+				 errhint("Let them end, or cancel the jobs; payout_jobs and payout_transfers show them.")));
+}
+
+/*
+ * A job that has not ended has transfers to come, also a failed one: it can be
+ * retried.  A transfer can outlast its job, which was cancelled.
+ */
+static bool
+is_sent_to(const char *provider)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.transfer t WHERE t.provider = $1"
+		"   AND t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed')"
+		" UNION ALL SELECT FROM payoutq.job j WHERE j.provider = $1"
+		"   AND j.status NOT IN ('completed', 'cancelled') LIMIT 1",
+		1, {TEXTOID}, NULL
+	};
+	Datum		values[] = {CStringGetTextDatum(provider)};
+	EngineState state;
+	bool		found;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	found = payoutq_select_latest(&find, values) > 0;
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	return found;
 }
 
 static void
