@@ -1,8 +1,8 @@
 /*
  * utility.c
  *		Get out of the way of commands on databases, notice DROP and ALTER
- *		EXTENSION, and refuse to drop it while there are books to lose, and a
- *		provider while it is sent to.
+ *		EXTENSION, and refuse to drop it while there are books to lose, and to
+ *		drop a provider, or make it another kind, while it is sent to.
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
@@ -45,6 +45,8 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 									ParamListInfo params, QueryEnvironment *queryEnv,
 									DestReceiver *dest, QueryCompletion *qc);
 static void refuse_to_rename_provider(Node *statement);
+static void refuse_to_change_kind(Node *statement);
+static const char *kind_of(Oid provider);
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool changes_extension(Node *statement);
@@ -163,6 +165,7 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 	if (OidIsValid(database))
 		hold_off_workers(database);
 	refuse_to_rename_provider(pstmt->utilityStmt);
+	refuse_to_change_kind(pstmt->utilityStmt);
 	if (IsA(pstmt->utilityStmt, CreatedbStmt))
 		payoutq_rescan_at_commit();
 
@@ -187,6 +190,33 @@ refuse_to_rename_provider(Node *statement)
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("cannot rename provider \"%s\"", strVal(rename->object)),
 				 errdetail("Its transfers, destinations and accounts go by its name.")));
+}
+
+/* What was asked of one kind must not be answered by another. */
+static void
+refuse_to_change_kind(Node *statement)
+{
+	AlterForeignServerStmt *alter = (AlterForeignServerStmt *) statement;
+	Oid			server;
+	const char *kind;
+
+	if (!IsA(statement, AlterForeignServerStmt) || (kind = string_option(alter->options, "kind")) == NULL)
+		return;
+	server = get_foreign_server_oid(alter->servername, true);
+	if (OidIsValid(server) && is_provider(server) && payoutq_owns_server(server) &&
+		strcmp(kind, kind_of(server)) != 0 && is_sent_to(alter->servername))
+		ereport(ERROR,
+				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+				 errmsg("cannot change the kind of provider \"%s\" because it has jobs or transfers that have not ended",
+						alter->servername),
+				 errdetail("Answers to what was sent would be read as those of the other kind."),
+				 errhint("Let them end, or cancel the jobs; payout_jobs and payout_transfers show them.")));
+}
+
+static const char *
+kind_of(Oid provider)
+{
+	return string_option(GetForeignServer(provider)->options, "kind");
 }
 
 /* The database that must have no connection, if the caller may ask for that. */

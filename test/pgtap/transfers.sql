@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(505);
+SELECT plan(518);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -924,9 +924,18 @@ SET payoutq.allow_drop = off;
 CREATE FUNCTION pg_temp.stays(why text) RETURNS SETOF text LANGUAGE sql AS $$
     SELECT throws_ok('DROP SERVER rich', '2BP01', 'cannot drop provider "rich" because it has jobs or transfers that have not ended',
                      'it is not dropped: ' || why)
+    UNION ALL
+    SELECT throws_ok('ALTER SERVER rich OPTIONS (' || change || ', ADD base_url ''http://127.0.0.1:1'')', '2BP01',
+                     'cannot change the kind of provider "rich" because it has jobs or transfers that have not ended',
+                     'and keeps its kind: ' || change)
+      FROM unnest('{SET kind ''webhook'',"DROP kind, ADD kind ''stripe''"}'::text[]) AS change
 $$;
 SELECT pg_temp.stays('a transfer is pending');
 SELECT throws_ok('ALTER SERVER rich RENAME TO poor', '0A000', 'cannot rename provider "rich"', 'nor renamed');
+SELECT lives_ok('ALTER SERVER rich OPTIONS (SET kind ''external'', ADD key_life ''1 day'')', 'it can be altered');
+SET ROLE payoutq_test_payer;
+SELECT throws_ok('ALTER SERVER rich OPTIONS (SET kind ''webhook'')', '42501', NULL, 'by its owner');
+RESET ROLE;
 SELECT pg_temp.claim('rich') \g /dev/null
 SELECT payout_cancel_job(:stays) \g /dev/null
 SELECT pg_temp.stays('a transfer of a cancelled job is under way');
@@ -941,7 +950,8 @@ CALL payout_process();
 SELECT is(pg_temp.job(:stays), 'failed: 0 completed, 0 failed, 0 pending, 0 paid', '(a job has failed)');
 SELECT pg_temp.stays('and could be retried');
 SELECT payout_cancel_job(:stays) \g /dev/null
-SELECT lives_ok('DROP SERVER rich', 'until its jobs and transfers have ended');
+SELECT lives_ok('ALTER SERVER rich OPTIONS (SET kind ''stripe'', ADD base_url ''http://127.0.0.1:1'')', 'until its jobs and transfers have ended');
+SELECT lives_ok('DROP SERVER rich', 'then it can go, too');
 SELECT lives_ok('ALTER SERVER payoutq_test_other RENAME TO payoutq_test_another; ALTER SERVER payoutq_test_another RENAME TO payoutq_test_other',
     'servers of others are none of ours');
 SET payoutq.allow_drop = on;
