@@ -94,6 +94,16 @@ payoutq_owns_table(Oid table)
 }
 
 static inline bool
+payoutq_owns_server(Oid server)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_ownercheck(ForeignServerRelationId, server, GetUserId());
+#else
+	return pg_foreign_server_ownercheck(server, GetUserId());
+#endif
+}
+
+static inline bool
 payoutq_may_use_server(Oid server)
 {
 #if PG_VERSION_NUM >= 160000

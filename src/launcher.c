@@ -48,7 +48,7 @@
 static void detach_launcher(int code, Datum arg);
 static void scan_databases(void);
 static bool is_chosen(const char *name);
-static void drop_vanished(List *existing);
+static void drop_vanished(List *chosen, List *existing);
 static long keep_workers(void);
 static bool keep_resident(DatabaseSlot *database, bool parked, TimestampTz now,
 						  long *nap);
@@ -141,6 +141,7 @@ static void
 scan_databases(void)
 {
 	MemoryContext context = CurrentMemoryContext;
+	List	   *chosen = NIL;
 	List	   *existing = NIL;
 	Relation	relation;
 	TableScanDesc scan;
@@ -156,11 +157,11 @@ scan_databases(void)
 		Form_pg_database database = (Form_pg_database) GETSTRUCT(tuple);
 		MemoryContext scanning;
 
-		if (!database->datallowconn || database->datistemplate ||
-			!is_chosen(NameStr(database->datname)))
-			continue;
 		scanning = MemoryContextSwitchTo(context);
 		existing = lappend_oid(existing, database->oid);
+		if (database->datallowconn && !database->datistemplate &&
+			is_chosen(NameStr(database->datname)))
+			chosen = lappend_oid(chosen, database->oid);
 		MemoryContextSwitchTo(scanning);
 	}
 	table_endscan(scan);
@@ -168,7 +169,7 @@ scan_databases(void)
 	CommitTransactionCommand();
 	MemoryContextSwitchTo(context);
 
-	drop_vanished(existing);
+	drop_vanished(chosen, existing);
 }
 
 /* payoutq.databases: empty means all */
@@ -191,8 +192,9 @@ is_chosen(const char *name)
 	return names == NIL;
 }
 
+/* That somebody has stopped its workers is kept for as long as there is the database. */
 static void
-drop_vanished(List *existing)
+drop_vanished(List *chosen, List *existing)
 {
 	ListCell   *cell;
 
@@ -201,15 +203,16 @@ drop_vanished(List *existing)
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES; i++)
 	{
 		DatabaseSlot *slot = &payoutq_shared->databases[i];
+		List	   *staying = slot->state == DATABASE_STOPPED ? existing : chosen;
 
 		if (slot->state != DATABASE_FREE && slot->held == 0 &&
-			!list_member_oid(existing, slot->database))
+			!list_member_oid(staying, slot->database))
 		{
 			slot->state = DATABASE_FREE;
 			payoutq_set_latches(slot->database);
 		}
 	}
-	foreach(cell, existing)
+	foreach(cell, chosen)
 		if (payoutq_database_slot(lfirst_oid(cell), true) == NULL)
 		{
 			ereport(WARNING,

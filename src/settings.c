@@ -89,7 +89,7 @@ payoutq_define_settings(void)
 	}
 
 	DefineCustomBoolVariable("payoutq.allow_drop",
-							 "Sets whether the extension may be dropped while its ledger has entries, and a provider while it has transfers.",
+							 "Sets whether the extension may be dropped while its ledger has entries, and a provider while it has jobs or transfers.",
 							 NULL, &payoutq_allow_drop, false, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	DefineCustomStringVariable("payoutq.databases",

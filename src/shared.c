@@ -19,6 +19,7 @@
 #include "commands/dbcommands.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "nodes/pg_list.h"
 #include "pgstat.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
@@ -40,12 +41,12 @@ static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 static bool wake_pending = false;
 static bool announce_pending = false;
 static bool rescan_pending = false;
-static Oid	held_database = InvalidOid;
+static List *held_databases = NIL;	/* by this transaction; in TopMemoryContext */
 
 static void request_shared_memory(void);
 static void create_shared_memory(void);
 static void register_callback(void);
-static void release_database(void);
+static void release_databases(void);
 static void rescan_databases(void);
 static void at_end(XactEvent event, void *arg);
 static void set_latch_of(int proc);
@@ -118,38 +119,54 @@ payoutq_rescan_at_commit(void)
 	rescan_pending = true;
 }
 
-/* No worker may start there until this transaction ends. */
+/*
+ * No worker may start there until this transaction ends.  A transaction can name
+ * several databases, and each more than once.
+ */
 void
 payoutq_hold_database(Oid database)
 {
+	MemoryContext caller;
 	DatabaseSlot *slot;
 
+	if (list_member_oid(held_databases, database))
+		return;
 	register_callback();
+
+	/* First what can fail: what is counted must be taken back. */
+	caller = MemoryContextSwitchTo(TopMemoryContext);
+	held_databases = lappend_oid(held_databases, database);
+	MemoryContextSwitchTo(caller);
+
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
 	slot = payoutq_database_slot(database, true);
 	if (slot)
-	{
 		slot->held++;
-		held_database = database;
-	}
 	LWLockRelease(payoutq_shared->lock);
+	if (slot == NULL)
+		held_databases = list_delete_oid(held_databases, database);
 }
 
 static void
-release_database(void)
+release_databases(void)
 {
-	DatabaseSlot *slot;
+	ListCell   *cell;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	slot = payoutq_database_slot(held_database, false);
-	if (slot && slot->held > 0)
+	foreach(cell, held_databases)
 	{
-		slot->held--;
-		slot->failures = 0;
-		slot->start_after = 0;
+		DatabaseSlot *slot = payoutq_database_slot(lfirst_oid(cell), false);
+
+		if (slot && slot->held > 0)
+		{
+			slot->held--;
+			slot->failures = 0;
+			slot->start_after = 0;
+		}
 	}
 	LWLockRelease(payoutq_shared->lock);
-	held_database = InvalidOid;
+	list_free(held_databases);
+	held_databases = NIL;
 	rescan_databases();
 }
 
@@ -192,8 +209,8 @@ at_end(XactEvent event, void *arg pg_attribute_unused())
 		default:
 			return;
 	}
-	if (payoutq_shared && OidIsValid(held_database))
-		release_database();
+	if (held_databases != NIL)
+		release_databases();
 	wake_pending = announce_pending = rescan_pending = false;
 }
 

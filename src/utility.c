@@ -1,8 +1,8 @@
 /*
  * utility.c
  *		Get out of the way of commands on databases, notice DROP and ALTER
- *		EXTENSION, and refuse to drop it while there are books to lose, and a
- *		provider while it is sent to.
+ *		EXTENSION, and refuse to drop it while there are books to lose, and to
+ *		drop a provider, or make it another kind, while it is sent to.
  *
  * An idle worker is a connection, and DROP DATABASE, CREATE DATABASE ... TEMPLATE,
  * RENAME and SET TABLESPACE want none.  Before them, for whoever may do them, the
@@ -45,6 +45,8 @@ static void payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 									ParamListInfo params, QueryEnvironment *queryEnv,
 									DestReceiver *dest, QueryCompletion *qc);
 static void refuse_to_rename_provider(Node *statement);
+static void refuse_to_change_kind(Node *statement);
+static const char *kind_of(Oid provider);
 static Oid	affected_database(Node *statement);
 static const char *string_option(List *options, const char *name);
 static bool changes_extension(Node *statement);
@@ -52,6 +54,7 @@ static void object_access(ObjectAccessType access, Oid classId, Oid objectId,
 						  int subId, void *arg);
 static void refuse_to_drop_books(void);
 static void refuse_to_drop_provider(const char *name);
+static bool is_sent_to(const char *provider);
 static bool is_provider(Oid server);
 static void hold_off_workers(Oid database);
 
@@ -89,28 +92,40 @@ is_provider(Oid server)
 static void
 refuse_to_drop_provider(const char *name)
 {
-	static EngineStatement find = {
-		"SELECT FROM payoutq.transfer t WHERE t.provider = $1"
-		"   AND t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed') LIMIT 1",
-		1, {TEXTOID}, NULL
-	};
-	Datum		values[] = {CStringGetTextDatum(name)};
-	EngineState state;
-	bool		found;
-
 	/* All of the extension is being dropped, which refuse_to_drop_books() sees to. */
 	if (!OidIsValid(get_relname_relid("transfer", get_namespace_oid("payoutq", true))))
 		return;
-	SPI_connect();
-	payoutq_engine_enter(&state);
-	found = payoutq_execute(&find, values, NULL, SPI_OK_SELECT) > 0;
-	payoutq_engine_leave(&state);
-	SPI_finish();
-	if (found)
+	if (is_sent_to(name))
 		ereport(ERROR,
 				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
-				 errmsg("cannot drop provider \"%s\" because it has transfers that have not ended", name),
-				 errhint("Let them end, or cancel their jobs; payout_transfers shows them.")));
+				 errmsg("cannot drop provider \"%s\" because it has jobs or transfers that have not ended", name),
+				 errhint("Let them end, or cancel the jobs; payout_jobs and payout_transfers show them.")));
+}
+
+/*
+ * A job that has not ended has transfers to come, also a failed one: it can be
+ * retried.  A transfer can outlast its job, which was cancelled.
+ */
+static bool
+is_sent_to(const char *provider)
+{
+	static EngineStatement find = {
+		"SELECT FROM payoutq.transfer t WHERE t.provider = $1"
+		"   AND t.status NOT IN ('completed', 'failed_terminal', 'confirmation_failed')"
+		" UNION ALL SELECT FROM payoutq.job j WHERE j.provider = $1"
+		"   AND j.status NOT IN ('completed', 'cancelled') LIMIT 1",
+		1, {TEXTOID}, NULL
+	};
+	Datum		values[] = {CStringGetTextDatum(provider)};
+	EngineState state;
+	bool		found;
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	found = payoutq_select_latest(&find, values) > 0;
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	return found;
 }
 
 static void
@@ -150,6 +165,7 @@ payoutq_process_utility(PlannedStmt *pstmt, const char *queryString,
 	if (OidIsValid(database))
 		hold_off_workers(database);
 	refuse_to_rename_provider(pstmt->utilityStmt);
+	refuse_to_change_kind(pstmt->utilityStmt);
 	if (IsA(pstmt->utilityStmt, CreatedbStmt))
 		payoutq_rescan_at_commit();
 
@@ -174,6 +190,33 @@ refuse_to_rename_provider(Node *statement)
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("cannot rename provider \"%s\"", strVal(rename->object)),
 				 errdetail("Its transfers, destinations and accounts go by its name.")));
+}
+
+/* What was asked of one kind must not be answered by another. */
+static void
+refuse_to_change_kind(Node *statement)
+{
+	AlterForeignServerStmt *alter = (AlterForeignServerStmt *) statement;
+	Oid			server;
+	const char *kind;
+
+	if (!IsA(statement, AlterForeignServerStmt) || (kind = string_option(alter->options, "kind")) == NULL)
+		return;
+	server = get_foreign_server_oid(alter->servername, true);
+	if (OidIsValid(server) && is_provider(server) && payoutq_owns_server(server) &&
+		strcmp(kind, kind_of(server)) != 0 && is_sent_to(alter->servername))
+		ereport(ERROR,
+				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+				 errmsg("cannot change the kind of provider \"%s\" because it has jobs or transfers that have not ended",
+						alter->servername),
+				 errdetail("Answers to what was sent would be read as those of the other kind."),
+				 errhint("Let them end, or cancel the jobs; payout_jobs and payout_transfers show them.")));
+}
+
+static const char *
+kind_of(Oid provider)
+{
+	return string_option(GetForeignServer(provider)->options, "kind");
 }
 
 /* The database that must have no connection, if the caller may ask for that. */

@@ -159,12 +159,20 @@ detach(int code, Datum arg pg_attribute_unused())
 	database = payoutq_database_slot(payoutq_my_slot->database, false);
 	if (code != 0 && database && !told_to_end)
 	{
-		int			seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
-		AvoidedJob *avoided = &database->avoided[database->failures % PAYOUTQ_AVOIDED];
+		TimestampTz now = GetCurrentTimestamp();
+		AvoidedJob *avoided;
+		int			seconds;
 
+		/*
+		 * What failed before us was long ago.  A dispatcher says nothing when it
+		 * has come through a round.
+		 */
+		if (TimestampDifferenceExceeds(MyStartTimestamp, now, MAX_BACKOFF_S * 1000))
+			database->failures = 0;
+		seconds = Min(1 << Min(database->failures, 6), MAX_BACKOFF_S);
+		avoided = &database->avoided[database->failures % PAYOUTQ_AVOIDED];
 		database->failures++;
-		database->start_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-															seconds * INT64CONST(1000));
+		database->start_after = TimestampTzPlusMilliseconds(now, seconds * INT64CONST(1000));
 
 		/* Should it be the job's fault, the next worker begins with others. */
 		avoided->job_id = payoutq_my_slot->job_id;

@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(500);
+SELECT plan(518);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -921,10 +921,37 @@ SELECT is(payout_balance('rich'), 1000::bigint, 'nor by the transfer');
 SELECT payout_create_job('stays', ARRAY['rich'], ARRAY[10], provider => 'rich') AS stays \gset
 CALL payout_process();
 SET payoutq.allow_drop = off;
-SELECT throws_ok('DROP SERVER rich', '2BP01', 'cannot drop provider "rich" because it has transfers that have not ended', 'it is not dropped');
+CREATE FUNCTION pg_temp.stays(why text) RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT throws_ok('DROP SERVER rich', '2BP01', 'cannot drop provider "rich" because it has jobs or transfers that have not ended',
+                     'it is not dropped: ' || why)
+    UNION ALL
+    SELECT throws_ok('ALTER SERVER rich OPTIONS (' || change || ', ADD base_url ''http://127.0.0.1:1'')', '2BP01',
+                     'cannot change the kind of provider "rich" because it has jobs or transfers that have not ended',
+                     'and keeps its kind: ' || change)
+      FROM unnest('{SET kind ''webhook'',"DROP kind, ADD kind ''stripe''"}'::text[]) AS change
+$$;
+SELECT pg_temp.stays('a transfer is pending');
 SELECT throws_ok('ALTER SERVER rich RENAME TO poor', '0A000', 'cannot rename provider "rich"', 'nor renamed');
-SELECT pg_temp.claim('rich'), pg_temp.done('rich') \g /dev/null
-SELECT lives_ok('DROP SERVER rich', 'until its transfers have ended');
+SELECT lives_ok('ALTER SERVER rich OPTIONS (SET kind ''external'', ADD key_life ''1 day'')', 'it can be altered');
+SET ROLE payoutq_test_payer;
+SELECT throws_ok('ALTER SERVER rich OPTIONS (SET kind ''webhook'')', '42501', NULL, 'by its owner');
+RESET ROLE;
+SELECT pg_temp.claim('rich') \g /dev/null
+SELECT payout_cancel_job(:stays) \g /dev/null
+SELECT pg_temp.stays('a transfer of a cancelled job is under way');
+SELECT pg_temp.done('rich') \g /dev/null
+SELECT payout_create_job('stays later', ARRAY['rich'], ARRAY[10], provider => 'rich', run_at => now() + interval '1 hour') AS stays \gset
+SELECT pg_temp.stays('a job is not due yet');
+SELECT payout_pause_job(:stays) \g /dev/null
+SELECT pg_temp.stays('it is paused');
+SELECT payout_cancel_job(:stays) \g /dev/null
+SELECT payout_create_job_from('stays failed', 'SELECT ''rich'' AS user_id, 1 / 0 AS amount', provider => 'rich') AS stays \gset
+CALL payout_process();
+SELECT is(pg_temp.job(:stays), 'failed: 0 completed, 0 failed, 0 pending, 0 paid', '(a job has failed)');
+SELECT pg_temp.stays('and could be retried');
+SELECT payout_cancel_job(:stays) \g /dev/null
+SELECT lives_ok('ALTER SERVER rich OPTIONS (SET kind ''stripe'', ADD base_url ''http://127.0.0.1:1'')', 'until its jobs and transfers have ended');
+SELECT lives_ok('DROP SERVER rich', 'then it can go, too');
 SELECT lives_ok('ALTER SERVER payoutq_test_other RENAME TO payoutq_test_another; ALTER SERVER payoutq_test_another RENAME TO payoutq_test_other',
     'servers of others are none of ours');
 SET payoutq.allow_drop = on;

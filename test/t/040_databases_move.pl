@@ -52,6 +52,23 @@ foreach my $db ('app', 'copy')
 	paid_once_ok($node, $db, $entries, $db);
 }
 
+# Two databases swap their names in one transaction, which names one of them
+# twice; before, a savepoint is rolled back, and so is a whole transaction.  A
+# session that ends in the middle leaves nothing behind either.
+my $swap = join '; ', map { "ALTER DATABASE $_" } 'app RENAME TO other', 'copy RENAME TO app', 'other RENAME TO copy';
+quickly("BEGIN; $swap; ROLLBACK");
+quickly("BEGIN; SAVEPOINT s; $swap; ROLLBACK TO s; $swap; COMMIT");
+my $session = $node->background_psql('postgres');
+$session->query_safe("BEGIN; $swap");
+$node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'});
+ok(wait_for($node, 'postgres', q{SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'}, 0), 'it ends');
+$session->{run}->finish;
+foreach my $db ('app', 'copy')
+{
+	my $swapped = create_job($node, $db, 'swapped', 10, prefix => 'swapped');
+	ok(wait_for_job($node, $db, $swapped), "the worker is back in $db after a swap");
+}
+
 # A command that fails leaves the workers where they were.
 my ($code, $out, $error) = $node->psql('postgres', 'ALTER DATABASE app RENAME TO copy');
 like($error, qr/already exists/, 'a command that fails');

@@ -65,6 +65,25 @@ speed_up($node, 'app');
 ok(wait_for_job($node, 'app', $job), 'until it is completed');
 paid_once_ok($node, 'app', $entries, 'at the end');
 
+# That they were stopped outlasts other settings: the launcher gives up the
+# databases that are left out, and sees to all of them again, in the order of their slots.
+create_db_with_extension($node, 'other');
+my $others = q{SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'payoutq worker' AND datname = 'other'};
+ok(wait_for($node, 'postgres', $others, 1), 'a database whose workers are not stopped');
+$node->safe_psql('app', 'SELECT payout_stop_workers()');
+ok(wait_for($node, 'app', $workers, 0), 'and one where they are');
+foreach my $setting (q{SET payoutq.databases = 'postgres'}, 'RESET payoutq.databases')
+{
+	$node->safe_psql('postgres', "ALTER SYSTEM $setting");
+	$node->reload;
+	ok(wait_for($node, 'postgres', $others, $setting =~ /^SET/ ? 0 : 1), $setting);
+}
+my $last = create_job($node, 'app', 'last', 10, prefix => 'last');
+is($node->safe_psql('app', $workers), 0, 'they stay away');
+is($node->safe_psql('app', "SELECT payout_wait_for_job($last, '1.5 s')"), 'queued', 'also for a new job');
+$node->safe_psql('app', 'SELECT payout_start_worker()');
+ok(wait_for_job($node, 'app', $last), 'until they are started');
+
 # A restart of the server starts them too.
 $node->safe_psql('app', 'SELECT payout_stop_workers()');
 $node->restart;
