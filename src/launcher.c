@@ -147,6 +147,11 @@ scan_databases(void)
 	TableScanDesc scan;
 	HeapTuple	tuple;
 
+	/* Whoever asks for it from here on is seen to by the next one. */
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	payoutq_shared->rescan = false;
+	LWLockRelease(payoutq_shared->lock);
+
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
 	(void) GetTransactionSnapshot();
@@ -199,7 +204,6 @@ drop_vanished(List *chosen, List *existing)
 	ListCell   *cell;
 
 	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
-	payoutq_shared->rescan = false;
 	for (int i = 0; i < PAYOUTQ_MAX_DATABASES; i++)
 	{
 		DatabaseSlot *slot = &payoutq_shared->databases[i];

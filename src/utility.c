@@ -92,8 +92,10 @@ is_provider(Oid server)
 static void
 refuse_to_drop_provider(const char *name)
 {
+	Oid			schema = get_namespace_oid("payoutq", true);
+
 	/* All of the extension is being dropped, which refuse_to_drop_books() sees to. */
-	if (!OidIsValid(get_relname_relid("transfer", get_namespace_oid("payoutq", true))))
+	if (!OidIsValid(get_relname_relid("transfer", schema)) || !OidIsValid(get_relname_relid("job", schema)))
 		return;
 	if (is_sent_to(name))
 		ereport(ERROR,
