@@ -393,6 +393,7 @@ extern int32 payoutq_entries_end(EntryWriter *writer, TimestampTz run_after);
 /* expand.c */
 extern void payoutq_check_query(const char *query);
 extern Datum payoutq_query_settings(void);
+extern void payoutq_apply_settings(Datum settings);
 extern bool payoutq_expand_job(ActiveJob *job, EngineState *state);
 
 #endif							/* PAYOUTQ_H */

@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(500);
+SELECT plan(502);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -787,6 +787,19 @@ SELECT is((SELECT xid FROM app.minted), txid_current(), 'the callback is called 
 ROLLBACK;
 SELECT is_empty('SELECT FROM app.minted', 'and is undone with it');
 SELECT is(pg_temp.status('m1'), 'sent', 'as the transfer is');
+CREATE TEMP TABLE minted (LIKE app.minted);
+GRANT ALL ON minted TO PUBLIC;
+DISCARD PLANS;  -- in which the name is looked up already
+BEGIN;
+SELECT payout_confirm_transfer('mint', 'x1', true) \g /dev/null
+SELECT is((SELECT count(*)::int FROM app.minted), 1, 'a temporary table of the session does not come before those of the callback');
+ROLLBACK;
+BEGIN;
+UPDATE payoutq.confirm_callback SET settings = array_replace(settings, 'app, public, pg_temp', 'app, public');
+SELECT payout_confirm_transfer('mint', 'x1', true) \g /dev/null
+SELECT is((SELECT count(*)::int FROM app.minted), 1, 'nor with a search_path that version 1.0.0 has stored');
+ROLLBACK;
+DROP TABLE pg_temp.minted;
 SELECT is(payout_confirm_transfer('mint', 'x1', true), 'completed', 'confirmed');
 SELECT is(payout_confirm_transfer('mint', 'x1', true), 'completed', 'twice');
 SELECT pg_temp.done('m5', 'x5') \g /dev/null
@@ -795,7 +808,7 @@ SELECT pg_temp.failed('m6', 'permanent'), payout_confirm_transfer('mint', 'x2', 
 SELECT results_eq('SELECT transfer_id, who, status FROM app.minted ORDER BY 1',
     $$VALUES (pg_temp.t('m1'), 'payoutq_test_minter'::name, 'completed'), (pg_temp.t('m5'), 'payoutq_test_minter', 'completed')$$,
     'once each, as the owner of the function, when the transfer is completed; failures call nothing');
-SELECT set_eq('SELECT path FROM app.minted', ARRAY['app, public'], 'with the search_path of whoever has registered it');
+SELECT set_eq('SELECT path FROM app.minted', ARRAY['app, public, pg_temp'], 'with the search_path of whoever has registered it');
 SELECT is(current_setting('search_path'), '"$user", public', 'which is not left to the session');
 
 -- one that fails
