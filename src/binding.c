@@ -27,6 +27,7 @@
 #include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/plancache.h"
 #include "utils/rel.h"
 #include "utils/syscache.h"
 
@@ -39,9 +40,7 @@
 
 typedef struct BoundPlan
 {
-	Oid			table;
-	NameData	key_column;
-	NameData	balance_column;
+	char	   *sql;
 	SPIPlanPtr	plan;
 	int			uses;
 	bool		running;		/* a trigger may come here again */
@@ -64,10 +63,9 @@ static void make_constraints_immediate(void);
 static void execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 						  const char *format, int nargs, Oid *argtypes,
 						  Datum *values);
-static SPIPlanPtr prepare_bound(const Binding *binding, const char *format,
-								int nargs, Oid *argtypes);
-static void refresh_plan(BoundPlan *cache, const Binding *binding,
-						 const char *format, int nargs, Oid *argtypes);
+static SPIPlanPtr prepare_bound(const char *sql, int nargs, Oid *argtypes);
+static void refresh_plan(BoundPlan *cache, const char *sql, int nargs, Oid *argtypes);
+static void require_bound_table(const Binding *binding, SPIPlanPtr plan);
 static char *bound_sql(const Binding *binding, const char *format);
 static int	find_missing(const Claim *claim, int32 **missing);
 
@@ -425,15 +423,16 @@ static void
 execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 			  const char *format, int nargs, Oid *argtypes, Datum *values)
 {
+	char	   *sql = bound_sql(binding, format);
 	SPIPlanPtr volatile plan;
 	volatile int rc = 0;
 
 	/* Called by a trigger of such a statement: the plan in the cache runs. */
 	if (cache->running)
-		plan = prepare_bound(binding, format, nargs, argtypes);
+		plan = prepare_bound(sql, nargs, argtypes);
 	else
 	{
-		refresh_plan(cache, binding, format, nargs, argtypes);
+		refresh_plan(cache, sql, nargs, argtypes);
 		plan = cache->plan;
 	}
 
@@ -450,13 +449,29 @@ execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 	if (rc != expected)
 		elog(ERROR, "unexpected result of a statement on a bound table: %s",
 			 SPI_result_code_string(rc));
+	require_bound_table(binding, plan);
+}
+
+/*
+ * A plan is made for a name, and made again for the same one.  Our lock keeps the
+ * table's, but not that of its schema.
+ */
+static void
+require_bound_table(const Binding *binding, SPIPlanPtr plan)
+{
+	CachedPlanSource *source = linitial(SPI_plan_get_plan_sources(plan));
+
+	if (!list_member_oid(source->relationOids, binding->table))
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("the schema of table \"%s\" was renamed meanwhile",
+						get_rel_name(binding->table))));
 }
 
 static SPIPlanPtr
-prepare_bound(const Binding *binding, const char *format, int nargs, Oid *argtypes)
+prepare_bound(const char *sql, int nargs, Oid *argtypes)
 {
-	SPIPlanPtr	plan = SPI_prepare_cursor(bound_sql(binding, format), nargs, argtypes,
-										  CURSOR_OPT_GENERIC_PLAN);
+	SPIPlanPtr	plan = SPI_prepare_cursor(sql, nargs, argtypes, CURSOR_OPT_GENERIC_PLAN);
 
 	if (plan == NULL)
 		elog(ERROR, "could not prepare a statement on a bound table: %s",
@@ -464,28 +479,26 @@ prepare_bound(const Binding *binding, const char *format, int nargs, Oid *argtyp
 	return plan;
 }
 
+/* The text tells, too, when the table was renamed and another one has its name. */
 static pg_noinline void
-refresh_plan(BoundPlan *cache, const Binding *binding, const char *format,
-			 int nargs, Oid *argtypes)
+refresh_plan(BoundPlan *cache, const char *sql, int nargs, Oid *argtypes)
 {
 	SPIPlanPtr	old = cache->plan;
-	bool		same = old != NULL && cache->table == binding->table &&
-		strcmp(NameStr(cache->key_column), binding->key_column) == 0 &&
-		strcmp(NameStr(cache->balance_column), binding->balance_column) == 0;
 
-	if (same && cache->uses++ < PLAN_LIFETIME)
+	if (old && strcmp(cache->sql, sql) == 0 && cache->uses++ < PLAN_LIFETIME)
 		return;
 
 	cache->plan = NULL;
 	if (old)
+	{
+		pfree(cache->sql);
 		SPI_freeplan(old);
+	}
 
-	old = prepare_bound(binding, format, nargs, argtypes);
+	old = prepare_bound(sql, nargs, argtypes);
 	SPI_keepplan(old);
+	cache->sql = MemoryContextStrdup(TopMemoryContext, sql);
 	cache->plan = old;
-	cache->table = binding->table;
-	namestrcpy(&cache->key_column, binding->key_column);
-	namestrcpy(&cache->balance_column, binding->balance_column);
 	cache->uses = 0;
 }
 

@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(116);
+SELECT plan(123);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -404,6 +404,46 @@ SELECT payout_bind_accounts('app.parent', 'id', 'coins', 'DEFER');
 SELECT payout_create_job('deferred', ARRAY['u'], ARRAY[1], currency => 'DEFER') AS job \gset
 CALL payout_process();
 SELECT is(pg_temp.statuses(:job), 'u retryable 23514', 'a deferred check that fails is an error of its entry, not of the commit');
+
+-- ---------------------------------------------------------------------------
+-- A binding follows its table, whatever that is called
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE app.users (id text PRIMARY KEY, coins bigint NOT NULL DEFAULT 0);
+CREATE TABLE app.users_new (LIKE app.users INCLUDING ALL);
+INSERT INTO app.users VALUES ('u');
+INSERT INTO app.users_new VALUES ('u');
+SELECT payout_bind_accounts('app.users', 'id', 'coins', 'RENAMED');
+CREATE FUNCTION pg_temp.pay(reference text) RETURNS bigint LANGUAGE sql AS
+    $$ SELECT payout_create_job(reference, ARRAY['u'], ARRAY[1], currency => 'RENAMED') $$;
+SELECT payout_deposit('u', 10, 'r0', 'RENAMED'), pg_temp.pay('r1') \g /dev/null
+CALL payout_process();
+BEGIN;
+ALTER TABLE app.users RENAME TO users_old;
+ALTER TABLE app.users_new RENAME TO users;
+COMMIT;
+SELECT pg_temp.pay('r2') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'when another table takes its name, payouts go on');
+SELECT payout_deposit('u', 10, 'r2', 'RENAMED') \g /dev/null
+SELECT is((SELECT coins FROM app.users_old), 22::bigint, 'to the table that is bound');
+SELECT is(payout_balance('u', 'RENAMED'), 22::bigint, 'whose balances are those that are read');
+SELECT is((SELECT coins FROM app.users), 0::bigint, 'and the other one is left alone');
+DROP TABLE app.users;
+ALTER TABLE app.users_old RENAME TO users_older;
+SELECT pg_temp.pay('r3') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'renamed');
+ALTER SCHEMA app RENAME TO app_old;
+CREATE SCHEMA app;
+CREATE TABLE app.users_older (LIKE app_old.users_older INCLUDING ALL);
+INSERT INTO app.users_older VALUES ('u');
+SELECT pg_temp.pay('r4') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'its schema renamed');
+SELECT is((SELECT coins FROM app_old.users_older), 24::bigint, 'and nothing went elsewhere');
+DROP SCHEMA app CASCADE;
+ALTER SCHEMA app_old RENAME TO app;
 
 -- ---------------------------------------------------------------------------
 -- Unbind
