@@ -59,7 +59,6 @@ static bool calls_others(Node *node, void *context);
 static bool is_others(Oid function, void *context);
 static void refuse(Relation relation, const char *kind, const char *name,
 				   const char *what);
-static void make_constraints_immediate(void);
 static void execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 						  const char *format, int nargs, Oid *argtypes,
 						  Datum *values);
@@ -157,7 +156,6 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim,
 	EngineState state;
 
 	become_owner(binding, &state);
-	make_constraints_immediate();
 	execute_bound(&cache, binding, SPI_OK_UPDATE_RETURNING,
 				  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
 				  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
@@ -405,18 +403,6 @@ refuse(Relation relation, const char *kind, const char *name, const char *what)
 					kind, name, RelationGetRelationName(relation)),
 			 errdetail("Balances are changed as the owner of their table, and %s.", what),
 			 errhint("Give the table to a role that is not a superuser.")));
-}
-
-/*
- * What is deferred would run at the commit, as nobody's; the server refuses
- * it in a restricted operation.  So it runs at once, as the owner.  Only in a
- * transaction of the engine: one of a user may have other events pending.
- */
-static void
-make_constraints_immediate(void)
-{
-	if (SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0) != SPI_OK_UTILITY)
-		elog(ERROR, "could not make constraints immediate");
 }
 
 static void

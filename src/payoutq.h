@@ -63,6 +63,7 @@ extern void payoutq_engine_enter(EngineState *state);
 extern void payoutq_engine_leave(EngineState *state);
 extern void payoutq_foreign_enter(EngineState *state, Oid role);
 extern void payoutq_foreign_leave(EngineState *state);
+extern void payoutq_make_constraints_immediate(void);
 extern void payoutq_turn_begin(EngineState *state, MemoryContext context);
 extern void payoutq_turn_commit(EngineState *state);
 extern void payoutq_turn_end(EngineState *state);

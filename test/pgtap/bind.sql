@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(123);
+SELECT plan(126);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -404,6 +404,14 @@ SELECT payout_bind_accounts('app.parent', 'id', 'coins', 'DEFER');
 SELECT payout_create_job('deferred', ARRAY['u'], ARRAY[1], currency => 'DEFER') AS job \gset
 CALL payout_process();
 SELECT is(pg_temp.statuses(:job), 'u retryable 23514', 'a deferred check that fails is an error of its entry, not of the commit');
+SELECT throws_ok('SELECT payout_deposit(''deferred'', 1, ''d8'', ''OWNED'')', '42501', NULL, 'a session''s deferred constraints are left alone');
+BEGIN;
+SET CONSTRAINTS ALL IMMEDIATE;
+SELECT lives_ok('SELECT payout_deposit(''deferred'', 1, ''d8'', ''OWNED'')', 'unless it says otherwise');
+COMMIT;
+SELECT payout_create_job_from('source', 'SELECT ''immediate'' AS user_id, 1 AS amount', currency => 'OWNED', source_account => 'deferred') AS job \gset
+CALL payout_process();
+SELECT is((SELECT status FROM payout_job_status(:job)), 'completed', 'those who pay need not say it');
 
 -- ---------------------------------------------------------------------------
 -- A binding follows its table, whatever that is called

@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(58);
+SELECT plan(59);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -243,6 +243,25 @@ RESET synchronous_commit;
 RESET default_transaction_isolation;
 SELECT is(:'settings', 'app off on 7s off serializable ' || session_user, 'after it the settings of the session are as before');
 SELECT is((SELECT status FROM payout_job_status(:job)), 'completed', 'and none of them kept the job from being paid');
+
+-- what a procedure has deferred before it calls us
+DROP ROLE IF EXISTS payoutq_test_deferrer;
+CREATE ROLE payoutq_test_deferrer;
+SELECT payout_grant('payoutq_test_deferrer', 'operator') \g /dev/null
+GRANT USAGE, CREATE ON SCHEMA app TO payoutq_test_deferrer;
+SET ROLE payoutq_test_deferrer;
+CREATE TABLE app.deferred (who name);
+CREATE TABLE app.fired (who name);
+CREATE FUNCTION app.fire() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO app.fired VALUES (current_user); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER fire AFTER INSERT ON app.deferred DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION app.fire();
+CREATE PROCEDURE app.defer() LANGUAGE plpgsql AS 'BEGIN INSERT INTO app.deferred VALUES (current_user); CALL public.payout_process(); END';
+CALL app.defer();
+RESET ROLE;
+SELECT results_eq('SELECT who FROM app.fired', ARRAY['payoutq_test_deferrer'::name], 'runs as the caller');
+REASSIGN OWNED BY payoutq_test_deferrer TO CURRENT_USER;
+DROP OWNED BY payoutq_test_deferrer;
+SELECT payout_revoke('payoutq_test_deferrer') \g /dev/null
+DROP ROLE payoutq_test_deferrer;
 
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'the books balance');
 DROP EXTENSION payoutq;

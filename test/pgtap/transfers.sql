@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(502);
+SELECT plan(506);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -870,6 +870,29 @@ SELECT pg_temp.done('n2', 'gone') \g /dev/null
 SELECT is((SELECT status || ' ' || error FROM payout_transfers WHERE user_id = 'n2'), 'sent callback: function "app.noted(bigint)" does not exist', 'a callback that was dropped is missed');
 SELECT payout_on_confirm('mint2', NULL) \g /dev/null
 SELECT is(payout_confirm_transfer('mint2', 'gone', true), 'completed', 'unless it is unregistered');
+-- deferred constraints, as frameworks make their foreign keys
+CREATE TABLE app.person (id int PRIMARY KEY);
+CREATE TABLE app.receipt (transfer_id bigint, person int REFERENCES app.person DEFERRABLE INITIALLY DEFERRED);
+CREATE FUNCTION app.receive(transfer_id bigint) RETURNS void LANGUAGE sql AS 'INSERT INTO app.receipt VALUES (transfer_id, 1)';
+SELECT pg_temp.provider('defer', '{d1}'), payout_on_confirm('defer', 'app.receive(bigint)') \g /dev/null
+SELECT payout_create_job('defer', ARRAY['d1'], ARRAY[1], provider => 'defer') \g /dev/null
+CALL payout_process();
+SELECT pg_temp.claim('defer') \g /dev/null
+BEGIN;
+INSERT INTO app.receipt VALUES (0, 2);  -- and its person later
+SELECT pg_temp.done('d1') \g /dev/null
+INSERT INTO app.person VALUES (2);
+COMMIT;
+SELECT is((SELECT count(*)::int FROM app.receipt), 1, 'a callback leaves alone what a session has deferred');
+UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE user_id = 'd1' AND status = 'sent';
+CALL payout_process();
+SELECT matches((SELECT status || ' ' || error FROM payout_transfers WHERE user_id = 'd1'), '^sent callback: .* foreign key', 'a deferred constraint that does not hold is an error of the callback');
+INSERT INTO app.person VALUES (1);
+UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE user_id = 'd1';
+CALL payout_process();
+SELECT is(pg_temp.status('d1'), 'completed', 'one that does hold lets the transfer be completed');
+SELECT is((SELECT count(*)::int FROM app.receipt WHERE transfer_id = pg_temp.t('d1')), 1, 'with what the callback has done');
+
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'callbacks: the books balance');
 
 -- ---------------------------------------------------------------------------
