@@ -5,20 +5,29 @@
  * Triggers and constraints of that table are somebody else's code.  It runs as
  * the owner of the table in a security-restricted operation, never with the
  * rights of the worker.  Where the owner is a superuser there is nothing to
- * give up, so his table is only changed while all its triggers call functions
- * of superusers too, and not if it has partitions, which may be somebody else's.
+ * give up, so his table is only changed while all that runs with it calls
+ * functions of superusers too, and not if it has partitions or is one, which may
+ * be somebody else's.
  */
 #include "postgres.h"
 
 #include "access/htup_details.h"
 #include "access/table.h"
+#include "access/tupdesc.h"
+#include "catalog/dependency.h"
+#include "catalog/pg_index.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
+#include "commands/extension.h"
 #include "commands/trigger.h"
 #include "miscadmin.h"
+#include "nodes/nodeFuncs.h"
+#include "rewrite/prs2lock.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/plancache.h"
 #include "utils/rel.h"
 #include "utils/syscache.h"
 
@@ -31,9 +40,7 @@
 
 typedef struct BoundPlan
 {
-	Oid			table;
-	NameData	key_column;
-	NameData	balance_column;
+	char	   *sql;
 	SPIPlanPtr	plan;
 	int			uses;
 	bool		running;		/* a trigger may come here again */
@@ -43,14 +50,21 @@ PG_FUNCTION_INFO_V1(payout_bind_accounts);
 
 static void become_owner(const Binding *binding, EngineState *state);
 static void check_superuser_table(Relation relation);
-static void make_constraints_immediate(void);
+static void check_triggers(Relation relation);
+static void check_constraints(Relation relation);
+static void check_indexes(Relation relation);
+static void check_rules(Relation relation);
+static bool is_of_superuser(Oid function);
+static bool calls_others(Node *node, void *context);
+static bool is_others(Oid function, void *context);
+static void refuse(Relation relation, const char *kind, const char *name,
+				   const char *what);
 static void execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 						  const char *format, int nargs, Oid *argtypes,
 						  Datum *values);
-static SPIPlanPtr prepare_bound(const Binding *binding, const char *format,
-								int nargs, Oid *argtypes);
-static void refresh_plan(BoundPlan *cache, const Binding *binding,
-						 const char *format, int nargs, Oid *argtypes);
+static SPIPlanPtr prepare_bound(const char *sql, int nargs, Oid *argtypes);
+static void refresh_plan(BoundPlan *cache, const char *sql, int nargs, Oid *argtypes);
+static void require_bound_table(const Binding *binding, SPIPlanPtr plan);
 static char *bound_sql(const Binding *binding, const char *format);
 static int	find_missing(const Claim *claim, int32 **missing);
 
@@ -142,7 +156,6 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim,
 	EngineState state;
 
 	become_owner(binding, &state);
-	make_constraints_immediate();
 	execute_bound(&cache, binding, SPI_OK_UPDATE_RETURNING,
 				  "UPDATE %1$s AS a SET %3$s = coalesce(a.%3$s, 0) + e.amount"
 				  "  FROM ROWS FROM (unnest($1), unnest($2)) WITH ORDINALITY AS e (user_id, amount, n)"
@@ -225,68 +238,187 @@ become_owner(const Binding *binding, EngineState *state)
 	payoutq_foreign_enter(state, owner);
 }
 
+/*
+ * All that an UPDATE of the table runs.  Nothing is opened or simplified for it:
+ * that would evaluate immutable functions, as us.  Our lock keeps triggers out
+ * until the transaction ends; the rest only the owner changes.
+ */
 static void
 check_superuser_table(Relation relation)
 {
-	TriggerDesc *triggers = relation->trigdesc;
+	bool		partition = relation->rd_rel->relispartition;
 
-	if (relation->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+	if (partition || relation->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("partitioned table \"%s\" belongs to a superuser",
+				 errmsg("%s \"%s\" belongs to a superuser", partition ? "partition" : "partitioned table",
 						RelationGetRelationName(relation)),
+				 partition ? errdetail("Expressions of its parent would run as a superuser.") :
 				 errdetail("Triggers of its partitions would run as a superuser."),
 				 errhint("Give the table to a role that is not a superuser.")));
+
+	check_triggers(relation);
+	check_constraints(relation);
+	check_indexes(relation);
+	check_rules(relation);
+}
+
+/*
+ * Whoever was granted TRIGGER may have made them, so a function that he may use
+ * does not do what he says: ours run a query that is an argument, and conditions
+ * only call immutable functions.
+ */
+static void
+check_triggers(Relation relation)
+{
+	TriggerDesc *triggers = relation->trigdesc;
+	bool		by_anybody = true;
 
 	for (int i = 0; triggers && i < triggers->numtriggers; i++)
 	{
 		Trigger    *trigger = &triggers->triggers[i];
-		HeapTuple	tuple;
-		Oid			owner;
 
 		if (trigger->tgisinternal)
 			continue;
-		tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(trigger->tgfoid));
-		if (!HeapTupleIsValid(tuple))
-			elog(ERROR, "cache lookup failed for function %u", trigger->tgfoid);
-		owner = ((Form_pg_proc) GETSTRUCT(tuple))->proowner;
-		ReleaseSysCache(tuple);
-
-		if (!superuser_arg(owner))
-			ereport(ERROR,
-					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-					 errmsg("trigger \"%s\" of table \"%s\" would run as a superuser",
-							trigger->tgname, RelationGetRelationName(relation)),
-					 errdetail("Balances are changed as the owner of their table, and its function belongs to somebody else."),
-					 errhint("Give the table to a role that is not a superuser.")));
+		if (!is_of_superuser(trigger->tgfoid))
+			refuse(relation, "trigger", trigger->tgname, "its function belongs to somebody else");
+		if (getExtensionOfObject(ProcedureRelationId, trigger->tgfoid) == get_extension_oid("payoutq", true))
+			refuse(relation, "trigger", trigger->tgname, "its function runs the query of whoever made it");
+		if (trigger->tgqual && calls_others(stringToNode(trigger->tgqual), &by_anybody))
+			refuse(relation, "trigger", trigger->tgname,
+				   "its condition calls a function that is not immutable, or belongs to somebody else");
 	}
 }
 
-/*
- * What is deferred would run at the commit, as nobody's; the server refuses
- * it in a restricted operation.  So it runs at once, as the owner.  Only in a
- * transaction of the engine: one of a user may have other events pending.
- */
+/* CHECK, and generated columns */
 static void
-make_constraints_immediate(void)
+check_constraints(Relation relation)
 {
-	if (SPI_execute("SET CONSTRAINTS ALL IMMEDIATE", false, 0) != SPI_OK_UTILITY)
-		elog(ERROR, "could not make constraints immediate");
+	TupleDesc	desc = RelationGetDescr(relation);
+	TupleConstr *constr = desc->constr;
+	bool		by_anybody = false;
+
+	for (int i = 0; constr && i < constr->num_check; i++)
+		if (calls_others(stringToNode(constr->check[i].ccbin), &by_anybody))
+			refuse(relation, "constraint", constr->check[i].ccname, "it calls a function of somebody else");
+
+	for (int i = 0; constr && i < constr->num_defval; i++)
+	{
+		Form_pg_attribute column = TupleDescAttr(desc, constr->defval[i].adnum - 1);
+
+		if (column->attgenerated && calls_others(stringToNode(constr->defval[i].adbin), &by_anybody))
+			refuse(relation, "column", NameStr(column->attname), "it calls a function of somebody else");
+	}
+}
+
+static void
+check_indexes(Relation relation)
+{
+	static const AttrNumber parts[] = {Anum_pg_index_indexprs, Anum_pg_index_indpred};
+	bool		by_anybody = false;
+	ListCell   *cell;
+
+	foreach(cell, RelationGetIndexList(relation))
+	{
+		HeapTuple	tuple = SearchSysCache1(INDEXRELID, ObjectIdGetDatum(lfirst_oid(cell)));
+
+		if (!HeapTupleIsValid(tuple))
+			elog(ERROR, "cache lookup failed for index %u", lfirst_oid(cell));
+		for (size_t i = 0; i < lengthof(parts); i++)
+		{
+			bool		isnull;
+			Datum		part = SysCacheGetAttr(INDEXRELID, tuple, parts[i], &isnull);
+
+			if (!isnull && calls_others(stringToNode(TextDatumGetCString(part)), &by_anybody))
+				refuse(relation, "index", get_rel_name(lfirst_oid(cell)), "it calls a function of somebody else");
+		}
+		ReleaseSysCache(tuple);
+	}
+}
+
+static void
+check_rules(Relation relation)
+{
+	RuleLock   *rules = relation->rd_rules;
+	bool		by_anybody = false;
+
+	for (int i = 0; rules && i < rules->numLocks; i++)
+		if (calls_others(rules->rules[i]->qual, &by_anybody) ||
+			calls_others((Node *) rules->rules[i]->actions, &by_anybody))
+			refuse(relation, "rule with OID", psprintf("%u", rules->rules[i]->ruleId),
+				   "it calls a function of somebody else");
+}
+
+static bool
+is_of_superuser(Oid function)
+{
+	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(function));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for function %u", function);
+	owner = ((Form_pg_proc) GETSTRUCT(tuple))->proowner;
+	ReleaseSysCache(tuple);
+	return superuser_arg(owner);
+}
+
+/*
+ * The context is a bool: anybody may have written the expression.  A domain may
+ * get another check at any time, and whoever has a type may tell how it becomes
+ * JSON.
+ */
+static bool
+calls_others(Node *node, void *context)
+{
+	if (node == NULL)
+		return false;
+	if (IsA(node, CoerceToDomain) || (*(bool *) context && payoutq_is_json_expression(node)))
+		return true;
+	if (check_functions_in_node(node, is_others, context))
+		return true;
+	if (IsA(node, Query))
+		return query_tree_walker((Query *) node, calls_others, context, 0);
+	return expression_tree_walker(node, calls_others, context);
+}
+
+/* Other functions than these may do what arguments say, as ts_rewrite() does. */
+static bool
+is_others(Oid function, void *context)
+{
+	bool		by_anybody = *(bool *) context;
+
+	if (!is_of_superuser(function))
+		return true;
+	return by_anybody && func_volatile(function) != PROVOLATILE_IMMUTABLE &&
+		function != F_NOW && function != F_PG_TRIGGER_DEPTH &&
+		function != F_CURRENT_SETTING_TEXT && function != F_CURRENT_SETTING_TEXT_BOOL;
+}
+
+static void
+refuse(Relation relation, const char *kind, const char *name, const char *what)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+			 errmsg("%s \"%s\" of table \"%s\" would run as a superuser",
+					kind, name, RelationGetRelationName(relation)),
+			 errdetail("Balances are changed as the owner of their table, and %s.", what),
+			 errhint("Give the table to a role that is not a superuser.")));
 }
 
 static void
 execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 			  const char *format, int nargs, Oid *argtypes, Datum *values)
 {
+	char	   *sql = bound_sql(binding, format);
 	SPIPlanPtr volatile plan;
 	volatile int rc = 0;
 
 	/* Called by a trigger of such a statement: the plan in the cache runs. */
 	if (cache->running)
-		plan = prepare_bound(binding, format, nargs, argtypes);
+		plan = prepare_bound(sql, nargs, argtypes);
 	else
 	{
-		refresh_plan(cache, binding, format, nargs, argtypes);
+		refresh_plan(cache, sql, nargs, argtypes);
 		plan = cache->plan;
 	}
 
@@ -303,13 +435,29 @@ execute_bound(BoundPlan *cache, const Binding *binding, int expected,
 	if (rc != expected)
 		elog(ERROR, "unexpected result of a statement on a bound table: %s",
 			 SPI_result_code_string(rc));
+	require_bound_table(binding, plan);
+}
+
+/*
+ * A plan is made for a name, and made again for the same one.  Our lock keeps the
+ * table's, but not that of its schema.
+ */
+static void
+require_bound_table(const Binding *binding, SPIPlanPtr plan)
+{
+	CachedPlanSource *source = linitial(SPI_plan_get_plan_sources(plan));
+
+	if (!list_member_oid(source->relationOids, binding->table))
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("the schema of table \"%s\" was renamed meanwhile",
+						get_rel_name(binding->table))));
 }
 
 static SPIPlanPtr
-prepare_bound(const Binding *binding, const char *format, int nargs, Oid *argtypes)
+prepare_bound(const char *sql, int nargs, Oid *argtypes)
 {
-	SPIPlanPtr	plan = SPI_prepare_cursor(bound_sql(binding, format), nargs, argtypes,
-										  CURSOR_OPT_GENERIC_PLAN);
+	SPIPlanPtr	plan = SPI_prepare_cursor(sql, nargs, argtypes, CURSOR_OPT_GENERIC_PLAN);
 
 	if (plan == NULL)
 		elog(ERROR, "could not prepare a statement on a bound table: %s",
@@ -317,28 +465,26 @@ prepare_bound(const Binding *binding, const char *format, int nargs, Oid *argtyp
 	return plan;
 }
 
+/* The text tells, too, when the table was renamed and another one has its name. */
 static pg_noinline void
-refresh_plan(BoundPlan *cache, const Binding *binding, const char *format,
-			 int nargs, Oid *argtypes)
+refresh_plan(BoundPlan *cache, const char *sql, int nargs, Oid *argtypes)
 {
 	SPIPlanPtr	old = cache->plan;
-	bool		same = old != NULL && cache->table == binding->table &&
-		strcmp(NameStr(cache->key_column), binding->key_column) == 0 &&
-		strcmp(NameStr(cache->balance_column), binding->balance_column) == 0;
 
-	if (same && cache->uses++ < PLAN_LIFETIME)
+	if (old && strcmp(cache->sql, sql) == 0 && cache->uses++ < PLAN_LIFETIME)
 		return;
 
 	cache->plan = NULL;
 	if (old)
+	{
+		pfree(cache->sql);
 		SPI_freeplan(old);
+	}
 
-	old = prepare_bound(binding, format, nargs, argtypes);
+	old = prepare_bound(sql, nargs, argtypes);
 	SPI_keepplan(old);
+	cache->sql = MemoryContextStrdup(TopMemoryContext, sql);
 	cache->plan = old;
-	cache->table = binding->table;
-	namestrcpy(&cache->key_column, binding->key_column);
-	namestrcpy(&cache->balance_column, binding->balance_column);
 	cache->uses = 0;
 }
 

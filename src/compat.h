@@ -73,6 +73,19 @@ payoutq_insert_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot,
 #endif
 }
 
+/* What calls functions that are not in the expression. */
+static inline bool
+payoutq_is_json_expression(Node *node pg_attribute_unused())
+{
+#if PG_VERSION_NUM >= 170000
+	return IsA(node, JsonConstructorExpr) || IsA(node, JsonExpr);
+#elif PG_VERSION_NUM >= 160000
+	return IsA(node, JsonConstructorExpr);
+#else
+	return false;
+#endif
+}
+
 static inline bool
 payoutq_owns_database(Oid database)
 {

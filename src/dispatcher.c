@@ -178,6 +178,7 @@ turn(TimestampTz now, TimestampTz *due)
 	if (!payoutq_lock_extension())
 		proc_exit(0);
 	SPI_connect();
+	payoutq_make_constraints_immediate();
 	pgstat_report_activity(STATE_RUNNING, "payoutq: dispatching");
 	payoutq_set_local("lock_timeout", RECORD_LOCK_TIMEOUT);
 

@@ -30,6 +30,7 @@
 #include "catalog/pg_extension.h"
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
+#include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
@@ -97,9 +98,23 @@ payoutq_foreign_leave(EngineState *state)
 	payoutq_engine_leave(state);
 }
 
+/*
+ * Deferred constraints of tables that code of others changes would be checked at
+ * the commit, as nobody's; the server refuses that in a restricted operation.  So
+ * they are checked at once.  Only in a transaction of the engine, before it does
+ * anything: one of a user may have other events pending.
+ */
+void
+payoutq_make_constraints_immediate(void)
+{
+	AfterTriggerSetState(makeNode(ConstraintsSetStmt));
+}
+
 static void
 enter_turn(EngineState *state)
 {
+	/* As the caller still: a procedure that calls us may have deferred something. */
+	payoutq_make_constraints_immediate();
 	if (payoutq_is_worker)
 	{
 		GetUserIdAndSecContext(&state->user_id, &state->sec_context);

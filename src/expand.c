@@ -24,6 +24,7 @@
 #include "utils/lsyscache.h"
 #include "utils/plancache.h"
 #include "utils/timestamp.h"
+#include "utils/varlena.h"
 
 #include "payoutq.h"
 
@@ -39,8 +40,7 @@ typedef struct Expansion
 {
 	int64		job_id;
 	char	   *query;			/* NULL: the shares of a challenge */
-	Datum	   *settings;		/* name, value, ... */
-	int			setting_count;
+	Datum		settings;		/* text[] of name, value, ... */
 	char	   *created_by;
 	char	   *currency;
 	char	   *source_account;
@@ -58,6 +58,7 @@ typedef struct Expansion
 } Expansion;
 
 static void refuse_temporary_tables(List *relations);
+static bool names_temporary_schema(const char *path);
 static char *wrap_query(const char *query);
 static bool load(Expansion *e, bool counted);
 static void expand(void *arg);
@@ -124,7 +125,8 @@ refuse_temporary_tables(List *relations)
 
 /*
  * What the query's names and literals mean to its creator: the schemas of his
- * search_path, with "$user" resolved, and how he writes times.
+ * search_path, with "$user" resolved, and how he writes times.  Temporary tables
+ * of the session that runs it, which may be anybody's, come last.
  */
 Datum
 payoutq_query_settings(void)
@@ -141,17 +143,51 @@ payoutq_query_settings(void)
 		/* A temporary schema is nobody else's. */
 		if (isAnyTempNamespace(lfirst_oid(cell)))
 			continue;
-		appendStringInfo(&path, "%s%s", path.len > 0 ? ", " : "",
-						 quote_identifier(get_namespace_name(lfirst_oid(cell))));
+		appendStringInfo(&path, "%s, ", quote_identifier(get_namespace_name(lfirst_oid(cell))));
 	}
+	appendStringInfoString(&path, "pg_temp");
 	settings[count++] = CStringGetTextDatum("search_path");
-	settings[count++] = CStringGetTextDatum(path.len > 0 ? path.data : "\"\"");
+	settings[count++] = CStringGetTextDatum(path.data);
 	for (size_t i = 0; i < lengthof(names); i++)
 	{
 		settings[count++] = CStringGetTextDatum(names[i]);
 		settings[count++] = CStringGetTextDatum(GetConfigOptionByName(names[i], NULL, false));
 	}
 	return PointerGetDatum(construct_array(settings, count, TEXTOID, -1, false, TYPALIGN_INT));
+}
+
+/* Until the foreign code is left.  Paths that version 1.0.0 has stored lack pg_temp. */
+void
+payoutq_apply_settings(Datum settings)
+{
+	Datum	   *elements;
+	int			count;
+
+	deconstruct_array(DatumGetArrayTypeP(settings), TEXTOID, -1, false, TYPALIGN_INT,
+					  &elements, NULL, &count);
+	for (int i = 0; i + 1 < count; i += 2)
+	{
+		char	   *name = TextDatumGetCString(elements[i]);
+		char	   *value = TextDatumGetCString(elements[i + 1]);
+
+		if (strcmp(name, "search_path") == 0 && !names_temporary_schema(value))
+			value = psprintf("%s, pg_temp", value);
+		payoutq_set_local(name, value);
+	}
+}
+
+static bool
+names_temporary_schema(const char *path)
+{
+	List	   *schemas;
+	ListCell   *cell;
+
+	if (!SplitIdentifierString(pstrdup(path), ',', &schemas))
+		return false;
+	foreach(cell, schemas)
+		if (strcmp(lfirst(cell), "pg_temp") == 0)
+			return true;
+	return false;
 }
 
 /* COLLATE "C" is the order in which entries are numbered. */
@@ -257,8 +293,7 @@ load(Expansion *e, bool counted)
 		return false;
 	e->query = payoutq_result_cstring(0, 1);
 	if (e->query)
-		deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
-						  TYPALIGN_INT, &e->settings, NULL, &e->setting_count);
+		e->settings = PointerGetDatum(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)));
 	e->created_by = payoutq_result_cstring(0, 3);
 	e->currency = payoutq_result_cstring(0, 4);
 	e->source_account = payoutq_result_cstring(0, 5);
@@ -351,8 +386,7 @@ become_creator(const Expansion *e, EngineState *ours)
 	payoutq_foreign_enter(ours, superuser ? ROLE_PG_READ_ALL_DATA : role);
 	for (size_t i = 0; i < lengthof(plans); i++)
 		payoutq_set_local(plans[i], "on");
-	for (int i = 0; i + 1 < e->setting_count; i += 2)
-		payoutq_set_local(TextDatumGetCString(e->settings[i]), TextDatumGetCString(e->settings[i + 1]));
+	payoutq_apply_settings(e->settings);
 
 	/* Rows that a policy would hide are an error, not a smaller payout. */
 	if (superuser)

@@ -63,6 +63,7 @@ extern void payoutq_engine_enter(EngineState *state);
 extern void payoutq_engine_leave(EngineState *state);
 extern void payoutq_foreign_enter(EngineState *state, Oid role);
 extern void payoutq_foreign_leave(EngineState *state);
+extern void payoutq_make_constraints_immediate(void);
 extern void payoutq_turn_begin(EngineState *state, MemoryContext context);
 extern void payoutq_turn_commit(EngineState *state);
 extern void payoutq_turn_end(EngineState *state);
@@ -393,6 +394,7 @@ extern int32 payoutq_entries_end(EntryWriter *writer, TimestampTz run_after);
 /* expand.c */
 extern void payoutq_check_query(const char *query);
 extern Datum payoutq_query_settings(void);
+extern void payoutq_apply_settings(Datum settings);
 extern bool payoutq_expand_job(ActiveJob *job, EngineState *state);
 
 #endif							/* PAYOUTQ_H */

@@ -179,15 +179,11 @@ payoutq_call_confirm_callback(PG_FUNCTION_ARGS)
 		char	   *call = psprintf("SELECT %s($1)",
 									quote_qualified_identifier(get_namespace_name(get_func_namespace(callback)),
 															   get_func_name(callback)));
-		Datum	   *settings;
-		int			count;
 		bool		isnull;
+		Datum		settings = PointerGetDatum(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)));
 
-		deconstruct_array(DatumGetArrayTypePCopy(payoutq_result(0, 2, &isnull)), TEXTOID, -1, false,
-						  TYPALIGN_INT, &settings, NULL, &count);
 		payoutq_foreign_enter(&theirs, callback_owner(callback));
-		for (int i = 0; i + 1 < count; i += 2)
-			payoutq_set_local(TextDatumGetCString(settings[i]), TextDatumGetCString(settings[i + 1]));
+		payoutq_apply_settings(settings);
 		if (SPI_execute_with_args(call, 1, argtypes, transfer, NULL, false, 0) < 0)
 			elog(ERROR, "could not call \"%s\"", call);
 		payoutq_foreign_leave(&theirs);

@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(98);
+SELECT plan(126);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -325,6 +325,73 @@ CALL payout_process();
 SELECT is((SELECT coins FROM app.super), 2::bigint, 'with another owner of the table the job pays');
 SELECT is((SELECT who FROM app.seen WHERE id = 'super'), 'payoutq_test_app', 'and the trigger runs as him');
 
+-- so would all that is evaluated with it: pwn() makes its owner a superuser
+CREATE TABLE app.guarded (id text PRIMARY KEY, coins bigint DEFAULT 0);
+INSERT INTO app.guarded VALUES ('u');
+SELECT payout_bind_accounts('app.guarded', 'id', 'coins', 'GUARDED');
+GRANT TRIGGER ON app.guarded TO payoutq_test_app;
+CREATE FUNCTION app.mine(text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+SET ROLE payoutq_test_app;
+CREATE FUNCTION app.pwn(text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    ALTER ROLE payoutq_test_app SUPERUSER;
+    RETURN true;
+END $$;
+CREATE FUNCTION app.pwn_now(text) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT app.pwn($1)';
+CREATE FUNCTION app.pwn_either(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT app.pwn($1)';
+CREATE OPERATOR app.=== (LEFTARG = text, RIGHTARG = text, FUNCTION = app.pwn_either);
+CREATE DOMAIN app.evil AS text CHECK (app.pwn(VALUE));
+RESET ROLE;
+
+-- What becomes of a deposit after such a statement
+CREATE FUNCTION pg_temp.deposit_with(statement text, undo text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    answer text := 'paid';
+BEGIN
+    EXECUTE statement;
+    ALTER ROLE payoutq_test_app NOSUPERUSER;
+    BEGIN
+        PERFORM public.payout_deposit('u', 1, statement, 'GUARDED');
+    EXCEPTION WHEN insufficient_privilege THEN
+        answer := 'refused';
+    END;
+    SELECT answer || CASE WHEN rolsuper THEN ', and risen' ELSE '' END INTO answer FROM pg_roles WHERE rolname = 'payoutq_test_app';
+    EXECUTE undo;
+    ALTER ROLE payoutq_test_app NOSUPERUSER;
+    RETURN answer;
+END $$;
+SELECT is(pg_temp.deposit_with(format('SET ROLE payoutq_test_app;
+                                       CREATE TRIGGER t BEFORE UPDATE ON app.guarded FOR EACH ROW WHEN (%s)
+                                           EXECUTE FUNCTION suppress_redundant_updates_trigger();
+                                       RESET ROLE', condition),
+                               'DROP TRIGGER t ON app.guarded'), expected, expected || ': a trigger WHEN ' || condition)
+  FROM (VALUES ('app.pwn(NEW.id)', 'refused'), ('NEW.id OPERATOR(app.===) ''u''', 'refused'),
+               ('NEW.id::app.evil IS NOT NULL', 'refused'),
+               ('ts_rewrite(''a'', ''SELECT tsquery ''''a'''', tsquery ''''b'''' WHERE app.pwn(NULL)'') IS NOT NULL', 'refused'),
+               ('payout_deposit(''u'', 1000, ''gift'', ''GIFT'') > 0', 'refused'),
+               ('OLD.* IS DISTINCT FROM NEW.* AND NEW.id <> ''v'' AND pg_trigger_depth() < 5 AND now() > ''2000-01-01''', 'paid')
+       ) AS t (condition, expected);
+SELECT is(pg_temp.deposit_with('CREATE TRIGGER t AFTER UPDATE ON app.guarded FOR EACH ROW EXECUTE FUNCTION
+                                    payout_on_settlement(''id'', ''SELECT ''''u'''' AS user_id, 1 AS amount WHERE app.pwn($1)'')',
+                               'DROP TRIGGER t ON app.guarded'), 'refused', 'refused: a trigger that runs the query of whoever made it');
+SELECT is(pg_temp.deposit_with(format('ALTER TABLE app.guarded ADD CONSTRAINT c CHECK (%s) NOT VALID', condition),
+                               'ALTER TABLE app.guarded DROP CONSTRAINT c'), expected, expected || ': CHECK ' || condition)
+  FROM (VALUES ('app.pwn(id)', 'refused'), ('id::app.evil IS NOT NULL', 'refused'), ('app.mine(id)', 'paid')) AS t (condition, expected);
+SELECT is(pg_temp.deposit_with(format('ALTER TABLE app.guarded ADD COLUMN g boolean GENERATED ALWAYS AS (%s) STORED', expression),
+                               'ALTER TABLE app.guarded DROP COLUMN g'), expected, expected || ': a column generated as ' || expression)
+  FROM (VALUES ('app.pwn_now(id)', 'refused'), ('coins > 0', 'paid')) AS t (expression, expected);
+SELECT is(pg_temp.deposit_with(format('CREATE INDEX i ON app.guarded %s', index), 'DROP INDEX app.i'), expected, expected || ': an index on ' || index)
+  FROM (VALUES ('(app.pwn_now(id), coins)', 'refused'), ('(coins) WHERE app.pwn_now(id)', 'refused'),
+               ('(lower(id), coins)', 'paid')) AS t (index, expected);
+SELECT is(pg_temp.deposit_with(format('CREATE RULE r AS ON UPDATE TO app.guarded DO ALSO UPDATE app.seen SET path = NULL WHERE %s', condition),
+                               'DROP RULE r ON app.guarded'), expected, expected || ': a rule WHERE ' || condition)
+  FROM (VALUES ('app.pwn(NEW.id)', 'refused'), ('app.mine(NEW.id)', 'paid')) AS t (condition, expected);
+CREATE TABLE app.halves (id text PRIMARY KEY, coins bigint) PARTITION BY LIST (id);
+CREATE TABLE app.half PARTITION OF app.halves FOR VALUES IN ('u');
+INSERT INTO app.half VALUES ('u', 0);
+SELECT payout_bind_accounts('app.half', 'id', 'coins', 'HALF');
+SELECT throws_ok('SELECT payout_deposit(''u'', 1, ''d7'', ''HALF'')', '42501', NULL, 'a superuser''s partition is refused');
+
 SET ROLE payoutq_test_app;
 CREATE TABLE app.parent (id text PRIMARY KEY, coins bigint DEFAULT 0, home text NOT NULL DEFAULT 'x');
 INSERT INTO app.parent VALUES ('u');
@@ -337,6 +404,54 @@ SELECT payout_bind_accounts('app.parent', 'id', 'coins', 'DEFER');
 SELECT payout_create_job('deferred', ARRAY['u'], ARRAY[1], currency => 'DEFER') AS job \gset
 CALL payout_process();
 SELECT is(pg_temp.statuses(:job), 'u retryable 23514', 'a deferred check that fails is an error of its entry, not of the commit');
+SELECT throws_ok('SELECT payout_deposit(''deferred'', 1, ''d8'', ''OWNED'')', '42501', NULL, 'a session''s deferred constraints are left alone');
+BEGIN;
+SET CONSTRAINTS ALL IMMEDIATE;
+SELECT lives_ok('SELECT payout_deposit(''deferred'', 1, ''d8'', ''OWNED'')', 'unless it says otherwise');
+COMMIT;
+SELECT payout_create_job_from('source', 'SELECT ''immediate'' AS user_id, 1 AS amount', currency => 'OWNED', source_account => 'deferred') AS job \gset
+CALL payout_process();
+SELECT is((SELECT status FROM payout_job_status(:job)), 'completed', 'those who pay need not say it');
+
+-- ---------------------------------------------------------------------------
+-- A binding follows its table, whatever that is called
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE app.users (id text PRIMARY KEY, coins bigint NOT NULL DEFAULT 0);
+CREATE TABLE app.users_new (LIKE app.users INCLUDING ALL);
+INSERT INTO app.users VALUES ('u');
+INSERT INTO app.users_new VALUES ('u');
+SELECT payout_bind_accounts('app.users', 'id', 'coins', 'RENAMED');
+CREATE FUNCTION pg_temp.pay(reference text) RETURNS bigint LANGUAGE sql AS
+    $$ SELECT payout_create_job(reference, ARRAY['u'], ARRAY[1], currency => 'RENAMED') $$;
+SELECT payout_deposit('u', 10, 'r0', 'RENAMED'), pg_temp.pay('r1') \g /dev/null
+CALL payout_process();
+BEGIN;
+ALTER TABLE app.users RENAME TO users_old;
+ALTER TABLE app.users_new RENAME TO users;
+COMMIT;
+SELECT pg_temp.pay('r2') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'when another table takes its name, payouts go on');
+SELECT payout_deposit('u', 10, 'r2', 'RENAMED') \g /dev/null
+SELECT is((SELECT coins FROM app.users_old), 22::bigint, 'to the table that is bound');
+SELECT is(payout_balance('u', 'RENAMED'), 22::bigint, 'whose balances are those that are read');
+SELECT is((SELECT coins FROM app.users), 0::bigint, 'and the other one is left alone');
+DROP TABLE app.users;
+ALTER TABLE app.users_old RENAME TO users_older;
+SELECT pg_temp.pay('r3') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'renamed');
+ALTER SCHEMA app RENAME TO app_old;
+CREATE SCHEMA app;
+CREATE TABLE app.users_older (LIKE app_old.users_older INCLUDING ALL);
+INSERT INTO app.users_older VALUES ('u');
+SELECT pg_temp.pay('r4') AS job \gset
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), 'u completed', 'its schema renamed');
+SELECT is((SELECT coins FROM app_old.users_older), 24::bigint, 'and nothing went elsewhere');
+DROP SCHEMA app CASCADE;
+ALTER SCHEMA app_old RENAME TO app;
 
 -- ---------------------------------------------------------------------------
 -- Unbind

@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(54);
+SELECT plan(59);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -94,6 +94,24 @@ SELECT payout_create_job_from('path', 'SELECT user_id, amount FROM local') AS pa
 RESET search_path;
 CALL payout_process(NULL, :path);
 SELECT is(payout_balance('local'), 7::bigint, 'names in a query are those that its creator''s search_path finds');
+
+-- in a session whose temporary table has the name of one that a function of the query reads
+SET search_path = app, public;
+CREATE FUNCTION app.locals() RETURNS TABLE (user_id text, amount int) LANGUAGE plpgsql AS
+    $$ BEGIN RETURN QUERY SELECT l.user_id, l.amount FROM local l; END $$;
+SELECT payout_create_job_from('temp', 'SELECT * FROM locals()') AS temp, payout_create_job_from('temp 2', 'SELECT * FROM local') AS temp2,
+       payout_create_job_from('temp of 1.0.0', 'SELECT * FROM locals()') AS old \gset
+RESET search_path;
+SELECT is((SELECT DISTINCT settings[2] FROM payoutq.job WHERE id IN (:temp, :temp2, :old)), 'app, public, pg_temp', 'temporary tables come last');
+UPDATE payoutq.job SET settings = array_replace(settings, 'app, public, pg_temp', 'app, public') WHERE id = :old;
+CREATE TEMP TABLE local (user_id text, amount int);
+INSERT INTO local VALUES ('thief', 1000000);
+GRANT SELECT ON local TO PUBLIC;
+CALL payout_process();
+SELECT is((SELECT string_agg(user_id, ' ') FROM payout_entries WHERE job_id = :temp), 'local', 'a query does not read temporary tables of the session that runs it');
+SELECT is((SELECT string_agg(user_id, ' ') FROM payout_entries WHERE job_id = :temp2), 'local', 'nor fails because of them');
+SELECT is((SELECT string_agg(user_id, ' ') FROM payout_entries WHERE job_id = :old), 'local', 'nor with a search_path that version 1.0.0 has stored');
+DROP TABLE pg_temp.local;
 
 SET TimeZone = 'Asia/Tokyo';
 SET DateStyle = 'SQL, DMY';
@@ -225,6 +243,25 @@ RESET synchronous_commit;
 RESET default_transaction_isolation;
 SELECT is(:'settings', 'app off on 7s off serializable ' || session_user, 'after it the settings of the session are as before');
 SELECT is((SELECT status FROM payout_job_status(:job)), 'completed', 'and none of them kept the job from being paid');
+
+-- what a procedure has deferred before it calls us
+DROP ROLE IF EXISTS payoutq_test_deferrer;
+CREATE ROLE payoutq_test_deferrer;
+SELECT payout_grant('payoutq_test_deferrer', 'operator') \g /dev/null
+GRANT USAGE, CREATE ON SCHEMA app TO payoutq_test_deferrer;
+SET ROLE payoutq_test_deferrer;
+CREATE TABLE app.deferred (who name);
+CREATE TABLE app.fired (who name);
+CREATE FUNCTION app.fire() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO app.fired VALUES (current_user); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER fire AFTER INSERT ON app.deferred DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION app.fire();
+CREATE PROCEDURE app.defer() LANGUAGE plpgsql AS 'BEGIN INSERT INTO app.deferred VALUES (current_user); CALL public.payout_process(); END';
+CALL app.defer();
+RESET ROLE;
+SELECT results_eq('SELECT who FROM app.fired', ARRAY['payoutq_test_deferrer'::name], 'runs as the caller');
+REASSIGN OWNED BY payoutq_test_deferrer TO CURRENT_USER;
+DROP OWNED BY payoutq_test_deferrer;
+SELECT payout_revoke('payoutq_test_deferrer') \g /dev/null
+DROP ROLE payoutq_test_deferrer;
 
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'the books balance');
 DROP EXTENSION payoutq;

@@ -3,7 +3,7 @@
 -- own, so that what one leaves is not claimed by the next.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(518);
+SELECT plan(524);
 DROP SERVER IF EXISTS payoutq_test_other;
 DROP FOREIGN DATA WRAPPER IF EXISTS payoutq_test_other;
 DROP ROLE IF EXISTS payoutq_test_payer, payoutq_test_minter;
@@ -787,6 +787,19 @@ SELECT is((SELECT xid FROM app.minted), txid_current(), 'the callback is called 
 ROLLBACK;
 SELECT is_empty('SELECT FROM app.minted', 'and is undone with it');
 SELECT is(pg_temp.status('m1'), 'sent', 'as the transfer is');
+CREATE TEMP TABLE minted (LIKE app.minted);
+GRANT ALL ON minted TO PUBLIC;
+DISCARD PLANS;  -- in which the name is looked up already
+BEGIN;
+SELECT payout_confirm_transfer('mint', 'x1', true) \g /dev/null
+SELECT is((SELECT count(*)::int FROM app.minted), 1, 'a temporary table of the session does not come before those of the callback');
+ROLLBACK;
+BEGIN;
+UPDATE payoutq.confirm_callback SET settings = array_replace(settings, 'app, public, pg_temp', 'app, public');
+SELECT payout_confirm_transfer('mint', 'x1', true) \g /dev/null
+SELECT is((SELECT count(*)::int FROM app.minted), 1, 'nor with a search_path that version 1.0.0 has stored');
+ROLLBACK;
+DROP TABLE pg_temp.minted;
 SELECT is(payout_confirm_transfer('mint', 'x1', true), 'completed', 'confirmed');
 SELECT is(payout_confirm_transfer('mint', 'x1', true), 'completed', 'twice');
 SELECT pg_temp.done('m5', 'x5') \g /dev/null
@@ -795,7 +808,7 @@ SELECT pg_temp.failed('m6', 'permanent'), payout_confirm_transfer('mint', 'x2', 
 SELECT results_eq('SELECT transfer_id, who, status FROM app.minted ORDER BY 1',
     $$VALUES (pg_temp.t('m1'), 'payoutq_test_minter'::name, 'completed'), (pg_temp.t('m5'), 'payoutq_test_minter', 'completed')$$,
     'once each, as the owner of the function, when the transfer is completed; failures call nothing');
-SELECT set_eq('SELECT path FROM app.minted', ARRAY['app, public'], 'with the search_path of whoever has registered it');
+SELECT set_eq('SELECT path FROM app.minted', ARRAY['app, public, pg_temp'], 'with the search_path of whoever has registered it');
 SELECT is(current_setting('search_path'), '"$user", public', 'which is not left to the session');
 
 -- one that fails
@@ -857,6 +870,29 @@ SELECT pg_temp.done('n2', 'gone') \g /dev/null
 SELECT is((SELECT status || ' ' || error FROM payout_transfers WHERE user_id = 'n2'), 'sent callback: function "app.noted(bigint)" does not exist', 'a callback that was dropped is missed');
 SELECT payout_on_confirm('mint2', NULL) \g /dev/null
 SELECT is(payout_confirm_transfer('mint2', 'gone', true), 'completed', 'unless it is unregistered');
+-- deferred constraints, as frameworks make their foreign keys
+CREATE TABLE app.person (id int PRIMARY KEY);
+CREATE TABLE app.receipt (transfer_id bigint, person int REFERENCES app.person DEFERRABLE INITIALLY DEFERRED);
+CREATE FUNCTION app.receive(transfer_id bigint) RETURNS void LANGUAGE sql AS 'INSERT INTO app.receipt VALUES (transfer_id, 1)';
+SELECT pg_temp.provider('defer', '{d1}'), payout_on_confirm('defer', 'app.receive(bigint)') \g /dev/null
+SELECT payout_create_job('defer', ARRAY['d1'], ARRAY[1], provider => 'defer') \g /dev/null
+CALL payout_process();
+SELECT pg_temp.claim('defer') \g /dev/null
+BEGIN;
+INSERT INTO app.receipt VALUES (0, 2);  -- and its person later
+SELECT pg_temp.done('d1') \g /dev/null
+INSERT INTO app.person VALUES (2);
+COMMIT;
+SELECT is((SELECT count(*)::int FROM app.receipt), 1, 'a callback leaves alone what a session has deferred');
+UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE user_id = 'd1' AND status = 'sent';
+CALL payout_process();
+SELECT matches((SELECT status || ' ' || error FROM payout_transfers WHERE user_id = 'd1'), '^sent callback: .* foreign key', 'a deferred constraint that does not hold is an error of the callback');
+INSERT INTO app.person VALUES (1);
+UPDATE payoutq.transfer SET run_after = clock_timestamp() WHERE user_id = 'd1';
+CALL payout_process();
+SELECT is(pg_temp.status('d1'), 'completed', 'one that does hold lets the transfer be completed');
+SELECT is((SELECT count(*)::int FROM app.receipt WHERE transfer_id = pg_temp.t('d1')), 1, 'with what the callback has done');
+
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'callbacks: the books balance');
 
 -- ---------------------------------------------------------------------------

@@ -124,6 +124,20 @@ foreach my $how (sort keys %failures)
 	$holder->quit;
 }
 
+# What has failed goes back to a bound table with a deferred trigger; the callback writes to a table with one, too.
+$node->safe_psql('app', q{
+	CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+	CREATE TABLE wallet (id text PRIMARY KEY, coins bigint NOT NULL DEFAULT 0);
+	INSERT INTO wallet VALUES ('fine100'), ('fine101');
+	CREATE CONSTRAINT TRIGGER look AFTER UPDATE ON wallet DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION look();
+	CREATE CONSTRAINT TRIGGER look AFTER INSERT ON minted DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION look();
+	SELECT payout_bind_accounts('wallet', 'id', 'coins', 'GEM')});
+rule($provider, 'acct_fine101', status => 422, body => '{"status": "failed", "class": "permanent"}');
+ok(wait_for_job($node, 'app', pay_in('GEM', 'wire', 'fine100', 'fine101')), 'deferred triggers: a job is completed');
+is($node->safe_psql('app', q{SELECT string_agg(user_id || ' ' || t.status || ' ' || coins, ', ' ORDER BY user_id) FROM payout_transfers t JOIN wallet ON id = user_id}),
+	'fine100 completed 0, fine101 failed_terminal 5', 'deferred triggers: one is paid, and the other has the money back');
+is($node->safe_psql('app', sprintf($minted, 'fine100')), '1|1|completed|completed', 'deferred triggers: the callback is called');
+
 # Seen while it lasts: one that fails always
 $node->safe_psql('app', q{ALTER SEQUENCE calls RESTART; CREATE OR REPLACE FUNCTION mint(id bigint) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'out of order'; END $$});
 $job = pay('wire', 'never1');
@@ -142,8 +156,15 @@ done_testing();
 sub pay
 {
 	my ($server, @users) = @_;
+
+	return pay_in('USD', $server, @users);
+}
+
+sub pay_in
+{
+	my ($currency, $server, @users) = @_;
 	my $list = join ', ', map { "'$_'" } @users;
 
 	$node->safe_psql('app', "SELECT payout_set_destination(u, '$server', 'acct_' || u) FROM unnest(ARRAY[$list]) u");
-	return $node->safe_psql('app', "SELECT payout_create_job('$users[0]', u, array_fill(5::bigint, ARRAY[cardinality(u)]), provider => '$server') FROM (SELECT ARRAY[$list] AS u) j");
+	return $node->safe_psql('app', "SELECT payout_create_job('$users[0]', u, array_fill(5::bigint, ARRAY[cardinality(u)]), provider => '$server', currency => '$currency') FROM (SELECT ARRAY[$list] AS u) j");
 }
