@@ -14,6 +14,7 @@
 #include "common/sha2.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
@@ -293,6 +294,12 @@ payoutq_check_provider(const char *provider)
 	ForeignServer *server = GetForeignServerByName(provider, true);
 	ListCell   *cell;
 
+	/* It cannot be dropped before others see the job. */
+	if (server)
+	{
+		LockDatabaseObject(ForeignServerRelationId, server->serverid, 0, AccessShareLock);
+		server = GetForeignServerByName(provider, true);
+	}
 	if (server == NULL ||
 		strcmp(GetForeignDataWrapper(server->fdwid)->fdwname, "payout_provider") != 0)
 		ereport(ERROR,
