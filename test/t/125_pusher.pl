@@ -219,10 +219,16 @@ settle();
 notify('ann') foreach 1 .. 2;
 ok(wait_for($node, 'app', q{SELECT push_error ~ ' connect to server$' FROM payout_notifications ORDER BY id DESC OFFSET 1 LIMIT 1}), 'two are due');
 my $dump = PostgreSQL::Test::Utils::tempdir() . '/dump';
-$node->command_ok([ 'pg_dump', '-d', $node->connstr('app'), '-f', $dump ], 'dump');
+my $due = 'SELECT count(*) FROM payoutq.notification WHERE push_after IS NOT NULL';
+# Not while one of them is being tried
+my $snapshot = $node->background_psql('app');
+my $begin = 'BEGIN ISOLATION LEVEL REPEATABLE READ';
+$snapshot->query_safe($begin);
+$snapshot->query_safe("COMMIT; $begin") while $snapshot->query_safe($due) != 2;
+$node->command_ok([ 'pg_dump', '-d', $node->connstr('app'), '-f', $dump, '--snapshot', $snapshot->query_safe('SELECT pg_export_snapshot()') ], 'dump');
+$snapshot->quit;
 $node->safe_psql('postgres', 'CREATE DATABASE copy');
 $node->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('copy'), '-f', $dump ], 'restore');
-my $due = 'SELECT count(*) FROM payoutq.notification WHERE push_after IS NOT NULL';
 ask($faulty, 'DELETE', '/requests');
 rule($faulty, '/base/apps/3/events', times => 100, %fine);
 $node->safe_psql('copy', "ALTER SERVER push OPTIONS (SET base_url '$faulty->{url}/base')");
