@@ -266,9 +266,15 @@ load_providers(void)
 		pfree(name);
 		provider->gone = false;
 		payoutq_configure_provider(provider, payoutq_result(i, 2, &isnull));
-		if (provider->problem && provider->problem != problem)
+		/* Once; and not in the moment between CREATE SERVER and CREATE USER MAPPING. */
+		if (provider->problem != problem)
+			provider->told = false;
+		else if (problem && !provider->told)
+		{
 			ereport(WARNING,
-					(errmsg("could not use provider \"%s\": %s", provider->name, provider->problem)));
+					(errmsg("could not use provider \"%s\": %s", provider->name, problem)));
+			provider->told = true;
+		}
 		provider->open_until = DatumGetTimestampTz(payoutq_result(i, 3, &isnull));
 		if (isnull)
 			provider->open_until = 0;

@@ -68,6 +68,7 @@ typedef struct Provider
 	TimestampTz open_until;		/* nothing is sent before; 0: at once */
 	bool		asks_when_open; /* but questions are asked */
 	const char *problem;		/* of the configuration; NULL: none */
+	bool		told;			/* it is in the log */
 
 	double		tokens;			/* of the bucket that rate_limit fills */
 	TimestampTz filled_at;

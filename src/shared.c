@@ -209,7 +209,7 @@ at_end(XactEvent event, void *arg pg_attribute_unused())
 		default:
 			return;
 	}
-	if (held_databases != NIL)
+	if (payoutq_shared && held_databases != NIL)
 		release_databases();
 	wake_pending = announce_pending = rescan_pending = false;
 }
