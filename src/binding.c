@@ -377,8 +377,8 @@ calls_others(Node *node, void *context)
 	if (check_functions_in_node(node, is_others, context))
 		return true;
 	if (IsA(node, Query))
-		return query_tree_walker((Query *) node, calls_others, context, 0);
-	return expression_tree_walker(node, calls_others, context);
+		return query_tree_walker((Query *) node, payoutq_walker(calls_others), context, 0);
+	return expression_tree_walker(node, payoutq_walker(calls_others), context);
 }
 
 /* Other functions than these may do what arguments say, as ts_rewrite() does. */

@@ -73,6 +73,13 @@ payoutq_insert_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot,
 #endif
 }
 
+/* Walkers were declared as (), which is (void) since C23. */
+#if PG_VERSION_NUM < 160000
+#define payoutq_walker(function) ((bool (*) ()) (void (*) (void)) (function))
+#else
+#define payoutq_walker(function) (function)
+#endif
+
 /* What calls functions that are not in the expression. */
 static inline bool
 payoutq_is_json_expression(Node *node pg_attribute_unused())
