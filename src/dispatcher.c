@@ -272,7 +272,8 @@ load_providers(void)
 		else if (problem && !provider->told)
 		{
 			ereport(WARNING,
-					(errmsg("could not use provider \"%s\": %s", provider->name, problem)));
+					(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+					 errmsg("could not use provider \"%s\": %s", provider->name, problem)));
 			provider->told = true;
 		}
 		provider->open_until = DatumGetTimestampTz(payoutq_result(i, 3, &isnull));
@@ -676,7 +677,8 @@ lease_is_short(Call *call)
 {
 	if (TimestampTzPlusMilliseconds(GetCurrentTimestamp(), call->provider->timeout_ms) < call->lease_until)
 		return false;
-	call->outcome = CALL_TRANSIENT;
+	/* It is nobody's fault, and uses up no attempt. */
+	call->outcome = CALL_THROTTLED;
 	call->reason = pstrdup("the lease had nearly ended before the call");
 	call->retry_after = -1;
 	return true;
