@@ -249,7 +249,7 @@ typedef struct ActiveJob
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */
-	int			failures;		/* isolated entries that failed in a row, */
+	int			failures;		/* isolated entries, new ones, that failed in a row, */
 	int			failure_code;	/* all with this SQLSTATE, */
 	TimestampTz failing_since;	/* the first of them then */
 	TimestampTz idle_until;		/* nothing to do before */

@@ -40,7 +40,8 @@
 
 /*
  * A job is stopped when so many isolated entries in a row failed with the same
- * error, nothing was paid since the first of them, and there is more to try.
+ * error, each for the first time, nothing was paid since the first of them, and
+ * there is more to try.
  */
 #define MASS_FAILURE	20
 
@@ -240,7 +241,8 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 		case BATCH_WAITS:
 			break;
 		case BATCH_ENTRY_FAILED:
-			note_failure(job, error, state);
+			if (claim->failures == 0)	/* another try tells nothing new */
+				note_failure(job, error, state);
 			break;
 		case BATCH_SPLIT:
 			payoutq_look_again(job, claim);

@@ -59,6 +59,34 @@ fails_and_is_mended('bound table', '42P01',
 	  ALTER TABLE users OWNER TO app;
 	  SELECT payout_unbind_accounts(); SELECT payout_bind_accounts('users', 'user_id', 'balance')});
 
+# Entries that fail again, one after the other, say nothing about the others.
+$node->append_conf('postgresql.conf', "payoutq.retry_base = 10ms\npayoutq.max_attempts = 2");
+$node->reload;
+$node->safe_psql('app', q{
+	CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+	BEGIN
+		IF substr(NEW.user_id, 2)::int % 40 = 0 THEN RAISE EXCEPTION 'closed'; END IF;
+		RETURN NEW;
+	END $$;
+	CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse();
+	ALTER FUNCTION refuse() OWNER TO app;
+	SELECT payout_stop_workers()});
+wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
+my $job = create_job($node, 'app', 'refused', 2000, args => 'batch_size => 100');
+my $other = $node->background_psql('app');
+$other->query_safe(qq{
+	BEGIN;
+	SELECT FROM payoutq.batch WHERE job_id = $job AND last_seq = 2000 FOR UPDATE});
+$node->safe_psql('app', 'SELECT payout_start_worker()');
+ok(wait_for($node, 'app', "SELECT completed_count + failed_count >= 1900 OR status <> 'running' FROM payout_job_status($job)"),
+	'entries fail again while another process has the last batch');
+is($node->safe_psql('app', "SELECT status, failed_count >= 40 FROM payout_job_status($job)"),
+	'running|t', 'which does not stop the job');
+$other->quit;
+ok(wait_for_job($node, 'app', $job), 'it is completed');
+is($node->safe_psql('app', "SELECT completed_count, failed_count FROM payout_job_status($job)"),
+	'1950|50', 'with everybody paid who can be');
+
 $node->stop;
 done_testing();
 
