@@ -45,6 +45,8 @@ our @EXPORT = qw(
   worker_pid
   worker_errors
   kill9
+  kill_server
+  is_running
   crash
   dispatcher_pid
   start_provider
@@ -357,6 +359,51 @@ sub kill9
 	return;
 }
 
+=item kill_server($node, $everything)
+
+Kills the postmaster, and with C<$everything> the other processes of the server
+at the same moment; returns when all have ended.  It is stopped first, because
+a process that it starts meanwhile may wait for ever for a lock of a killed one,
+and keep a new server from starting.
+
+=cut
+
+sub kill_server
+{
+	my ($node, $everything) = @_;
+	my ($postmaster) = slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
+	my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
+
+	kill('STOP', $postmaster) or die "could not stop $postmaster: $!";
+	until (qx(ps -o stat= -p $postmaster) =~ /^T/)
+	{
+		die "process $postmaster does not stop" if time() > $end;
+		usleep(1_000);
+	}
+	my @children = split ' ', qx(ps -o pid= --ppid $postmaster);
+
+	$node->kill9;
+	kill('KILL', @children) if $everything;
+	while (kill(0, $postmaster) || grep { is_running($_) } @children)
+	{
+		die 'the processes of the server do not end' if time() > $end;
+		usleep(10_000);
+	}
+	return;
+}
+
+=item is_running($pid)
+
+Says so.  A process that has ended may stay as a zombie until init looks after it.
+
+=cut
+
+sub is_running
+{
+	my ($pid) = @_;
+	return kill(0, $pid) && qx(ps -o stat= -p $pid) !~ /^Z/;
+}
+
 =item crash($node, $db, $how, $query)
 
 Kills a worker of the database (C<worker>), its dispatcher (C<dispatcher>), the
@@ -369,23 +416,16 @@ sub crash
 {
 	my ($node, $db, $how, $query) = @_;
 	my $session = $node->background_psql($db);
-	my @children = split /\n/,
-	  $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-	my $worker = $how eq 'dispatcher' ? dispatcher_pid($node, $db) : worker_pid($node, $db);
+	my $victim = $how eq 'worker' ? worker_pid($node, $db) : $how eq 'dispatcher' ? dispatcher_pid($node, $db) : undef;
 	my $before = $session->query_safe($query);
 
-	if ($how eq 'worker' || $how eq 'dispatcher')
+	if ($victim)
 	{
-		kill9($worker);
+		kill9($victim);
 	}
 	else
 	{
-		$node->kill9;
-		kill('KILL', @children) if $how eq 'all';
-
-		# What is left of the old server must go before a new one can start.
-		my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
-		usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
+		kill_server($node, $how eq 'all');
 		$node->start;
 	}
 	$session->quit;

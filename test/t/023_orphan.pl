@@ -21,7 +21,6 @@ my @workers = split /\n/,
   $node->safe_psql('app', 'SELECT pid FROM payout_workers');
 cmp_ok(scalar(@workers), '>', 0, 'there are workers');
 
-# A process that has ended may stay as a zombie until init looks after it.
 $node->kill9;
 my $start = time();
 my $limit = 5;
@@ -40,9 +39,3 @@ books_ok($node, 'app', 'after the restart');
 
 $node->stop;
 done_testing();
-
-sub is_running
-{
-	my ($pid) = @_;
-	return kill(0, $pid) && qx(ps -o stat= -p $pid) !~ /^Z/;
-}

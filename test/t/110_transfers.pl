@@ -13,12 +13,12 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use POSIX ();
 use Test::More;
-use Time::HiRes qw(time usleep);
 
 my $seed = $ENV{PAYOUTQ_TEST_SEED} // 20261122;
 note("PAYOUTQ_TEST_SEED=$seed");
 srand($seed);
 my $tmp = PostgreSQL::Test::Utils::tempdir();
+my $test = $$;
 
 my $bank = q{CREATE SERVER bank FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external')};
 my $states = q{SELECT status, count(*), sum(attempts) FROM payout_transfers GROUP BY 1 ORDER BY 1};
@@ -167,7 +167,7 @@ foreach my $kill (1 .. $kills)
 {
 	$at += 1 + int(rand(($n * 0.9 - $at) / ($kills - $kill + 1)));
 	wait_for($node, 'app', "SELECT $ended >= $at FROM payout_transfers") or last;
-	my $was = kill_all();
+	my $was = crash($node, 'app', 'all', "SELECT $ended FROM payout_transfers");
 	my $is = $node->safe_psql('app', "SELECT $ended FROM payout_transfers");
 	cmp_ok($is, '>=', $was, "kill $kill: nothing is lost");
 	cmp_ok($is, '<', $n, "kill $kill: before the end");
@@ -185,7 +185,7 @@ agree_ok('first round');
 is($node->safe_psql('app', "SELECT payout_retry_job($job)"), $failed, 'all that has failed is retried');
 $at = $completed + int($failed / 3);
 wait_for($node, 'app', "SELECT $ended >= $at FROM payout_transfers");
-kill_all();
+crash($node, 'app', 'all', 'SELECT 1');
 books_ok($node, 'app', 'killed while they are retried');
 ok(wait_for($node, 'app', "SELECT $ended FROM payout_transfers", $n), 'all transfers come to their ends again');
 ok(wait_for_job($node, 'app', $job), 'and the job');
@@ -227,6 +227,11 @@ sub start
 	POSIX::_exit(0);
 }
 
+sub is_over
+{
+	return -e "$tmp/stop" || getppid() != $test;
+}
+
 sub complain
 {
 	my ($what) = @_;
@@ -244,35 +249,13 @@ sub try_query
 	return ($out, $error);
 }
 
-# All processes of the server at once. Returns how many transfers had ended.
-sub kill_all
-{
-	my $session = $node->background_psql('app');
-	my @children = split /\n/, $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-	my $was = $session->query_safe("SELECT $ended FROM payout_transfers");
-	my $end = time() + $PostgreSQL::Test::Utils::timeout_default;
-
-	$node->kill9;
-	kill('KILL', @children);
-
-	# Also those that have come meanwhile must go before a new server can start.
-	usleep(10_000) while grep { kill(0, $_) } @children and time() < $end;
-	until (eval { $node->start(fail_ok => 1) })
-	{
-		die 'the server does not start' if time() > $end;
-	}
-	$session->quit;
-	wait_for($node, 'app', 'SELECT true');
-	return $was;
-}
-
 # An application: claims, calls the provider, reports.
 sub send_some
 {
 	my ($i) = @_;
 	my $late = '';
 
-	until (-e "$tmp/stop")
+	until (is_over())
 	{
 		my ($claimed) = try_query(q{
 			SELECT transfer_id, attempt_token, idempotency_key, destination, amount
@@ -331,7 +314,7 @@ sub confirm_some
 {
 	my (%heard, %never);
 
-	until (-e "$tmp/stop")
+	until (is_over())
 	{
 		my $messages = '';
 		foreach my $file (glob("$books/*"))

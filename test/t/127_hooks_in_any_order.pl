@@ -33,18 +33,23 @@ $node->safe_psql('app', qq{
 	CREATE TABLE told (answer text)});
 
 # The application
+my $test = $$;
 my $application = fork() // die "fork: $!";
 if ($application == 0)
 {
-	while (1)
+	eval
 	{
-		foreach my $hook (@{ ask($provider, 'GET', '/hooks') })
+		while (getppid() == $test)
 		{
-			my $headers = encode_json($hook->{headers});
-			$node->psql('app', "INSERT INTO told SELECT payout_handle_webhook('stripe', '$headers', convert_to(\$hook\$$hook->{body}\$hook\$, 'UTF8'))");
+			foreach my $hook (@{ ask($provider, 'GET', '/hooks') })
+			{
+				my $headers = encode_json($hook->{headers});
+				$node->psql('app', "INSERT INTO told SELECT payout_handle_webhook('stripe', '$headers', convert_to(\$hook\$$hook->{body}\$hook\$, 'UTF8'))");
+			}
+			usleep(1000);
 		}
-		usleep(1000);
-	}
+		1;
+	} or diag($@);
 	POSIX::_exit(0);
 }
 
