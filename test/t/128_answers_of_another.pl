@@ -96,6 +96,8 @@ $node->safe_psql('app', 'UPDATE wallet SET frozen = false');
 ok(wait_for($node, 'app', q{SELECT status, error FROM payout_transfers WHERE user_id = 'frozen'}, 'confirmation_failed|returned'), 'and recorded as soon as it can be');
 
 # The claim is committed, but the commit waits for a standby until the lease has ended.
+# No call is made, which is no attempt of the one that the transfer has.
+$node->append_conf('postgresql.conf', 'payoutq.max_attempts = 1');
 $node->safe_psql('app', q{INSERT INTO payoutq.circuit VALUES ('wire', 1, 'infinity', 'closed by the test', false)});
 $node->restart;
 $job = pay('wire', 'late');
@@ -111,6 +113,7 @@ ok(wait_for($node, 'app', "SELECT xact_start < clock_timestamp() - interval '21 
 set_standby('');
 $session->quit;
 ok(wait_for_job($node, 'app', $job), 'sent later');
+is($node->safe_psql('app', q{SELECT status FROM payout_transfers WHERE user_id = 'late'}), 'completed', 'and completed');
 is($node->safe_psql('app', "$attempts 'late'"), 'transient , completed 200', 'but not under a lease that had ended');
 is(scalar(grep { $_->{method} eq 'POST' && $_->{body} =~ /acct_late/ } @{ ask($provider, 'GET', '/requests') }), 1, 'with one call');
 
