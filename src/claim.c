@@ -245,6 +245,7 @@ claim_from(ActiveJob *job, TimestampTz run_after, int32 batch_no, Claim *claim)
 	code = payoutq_result_cstring(0, 8);
 	claim->failures = code && payoutq_classify(MAKE_SQLSTATE(code[0], code[1], code[2], code[3], code[4])) ==
 		FAILURE_TRANSIENT ? 0 : claim->attempts;
+	claim->is_piece = code && claim->attempts == 0;
 	job->position_run_after = claim->run_after;
 	job->position_batch_no = claim->batch_no;
 	return true;
@@ -260,6 +261,23 @@ payoutq_look_again(ActiveJob *job, const Claim *claim)
 {
 	job->position_run_after = claim->run_after;
 	job->position_batch_no = claim->batch_no - 1;
+}
+
+/*
+ * Entries that are near to each other may be a group that alone cannot be paid,
+ * because they are in the order of user ids.  Far away more can be learned.
+ */
+void
+payoutq_look_elsewhere(ActiveJob *job)
+{
+	static EngineStatement anywhere = {
+		"SELECT (random() * batches)::integer FROM payoutq.job WHERE id = $1",
+		1, {INT8OID}, NULL
+	};
+	Datum		values[] = {Int64GetDatum(job->id)};
+
+	if (payoutq_execute(&anywhere, values, NULL, SPI_OK_SELECT) == 1)
+		job->position_batch_no = (int32) payoutq_result_int64(0, 1);
 }
 
 /* Either all batches have ended, or some wait: until when? */

@@ -222,6 +222,7 @@ typedef struct Claim
 	int64		amount;
 	int32		attempts;
 	int32		failures;		/* attempts that count against max_attempts */
+	bool		is_piece;		/* of a batch that was split */
 	int32		crashes;
 	TimestampTz run_after;
 	char	   *currency;
@@ -249,9 +250,9 @@ typedef struct ActiveJob
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */
-	int			failures;		/* isolated entries, new ones, that failed in a row, */
-	int			failure_code;	/* all with this SQLSTATE, */
-	TimestampTz failing_since;	/* the first of them then */
+	TimestampTz failing_since;	/* a whole batch failed then, and nothing was paid since; or 0 */
+	int			failures;		/* isolated entries that failed since, each for the first time, */
+	int			failure_code;	/* all with this SQLSTATE */
 	TimestampTz idle_until;		/* nothing to do before */
 } ActiveJob;
 
@@ -261,6 +262,7 @@ extern ActiveJob *payoutq_next_job(TimestampTz now);
 extern void payoutq_leave_alone(ActiveJob *job, int milliseconds);
 extern JobWork payoutq_claim(ActiveJob *job, Claim *claim);
 extern void payoutq_look_again(ActiveJob *job, const Claim *claim);
+extern void payoutq_look_elsewhere(ActiveJob *job);
 extern bool payoutq_reclaim(const Claim *claim);
 extern TimestampTz payoutq_next_due(TimestampTz now);
 

@@ -40,10 +40,12 @@
 
 /*
  * A job is stopped when so many isolated entries in a row failed with the same
- * error, each for the first time, nothing was paid since the first of them, and
- * there is more to try.
+ * error, each for the first time, nothing was paid since the first batch failed,
+ * and there is more to try.  All but the first few are looked for all over the
+ * job.
  */
 #define MASS_FAILURE	20
+#define FIRST_FEW		5
 
 static MemoryContext turn_context = NULL;
 
@@ -53,7 +55,8 @@ static TimestampTz next_refresh(TimestampTz began);
 static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
 static void not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error);
-static void note_failure(ActiveJob *job, const ErrorData *error, EngineState *state);
+static void note_failing(ActiveJob *job, const Claim *claim);
+static void note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state);
 
 PG_FUNCTION_INFO_V1(payout_process);
 
@@ -235,16 +238,18 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 	switch (payoutq_pay_batch(claim, &error))
 	{
 		case BATCH_PAID:
-			job->failures = 0;
+			job->failing_since = 0;
 			payoutq_worker_count(claim->last_seq - claim->first_seq + 1);
 			break;
 		case BATCH_WAITS:
 			break;
 		case BATCH_ENTRY_FAILED:
+			note_failing(job, claim);
 			if (claim->failures == 0)	/* another try tells nothing new */
-				note_failure(job, error, state);
+				note_isolated(job, error, state);
 			break;
 		case BATCH_SPLIT:
+			note_failing(job, claim);
 			payoutq_look_again(job, claim);
 			break;
 		case BATCH_JOB_FAILED:
@@ -279,22 +284,42 @@ not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error)
 	payoutq_leave_alone(job, RECORD_WAIT_MS);
 }
 
+/*
+ * Pieces of a batch do not begin it: the last pieces of many batches are single
+ * entries, bad ones all of them, and what was paid beside them was paid before.
+ */
+static void
+note_failing(ActiveJob *job, const Claim *claim)
+{
+	if (job->failing_since != 0 || claim->failures > 0 || claim->is_piece)
+		return;
+	job->failing_since = GetCurrentTimestamp();
+	job->failures = 0;
+}
+
 /* What fails for everybody must not be bisected for everybody. */
 static void
-note_failure(ActiveJob *job, const ErrorData *error, EngineState *state)
+note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state)
 {
+	TimestampTz since = job->failing_since;
+
+	if (since == 0)
+		return;
 	if (job->failures == 0 || job->failure_code != error->sqlerrcode)
 	{
 		job->failures = 0;
 		job->failure_code = error->sqlerrcode;
-		job->failing_since = GetCurrentTimestamp();
 	}
 	if (++job->failures < MASS_FAILURE)
+	{
+		if (job->failures >= FIRST_FEW)
+			payoutq_look_elsewhere(job);
 		return;
+	}
 
-	job->failures = 0;
+	job->failing_since = 0;
 	payoutq_turn_commit(state);
-	if (payoutq_is_mass_failure(job->id, job->failing_since))
+	if (payoutq_is_mass_failure(job->id, since))
 		payoutq_fail_job(job->id, error->sqlerrcode, error->message);
 }
 

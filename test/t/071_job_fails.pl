@@ -87,6 +87,21 @@ ok(wait_for_job($node, 'app', $job), 'it is completed');
 is($node->safe_psql('app', "SELECT completed_count, failed_count FROM payout_job_status($job)"),
 	'1950|50', 'with everybody paid who can be');
 
+# Nor do those of a group, which are one after the other.
+$node->safe_psql('app', q{
+	CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+	BEGIN
+		IF NEW.user_id LIKE 'u15%' THEN RAISE EXCEPTION 'closed'; END IF;
+		RETURN NEW;
+	END $$});
+foreach my $size (4, 1000)
+{
+	$job = create_job($node, 'app', "group $size", 2000, args => "batch_size => $size");
+	ok(wait_for($node, 'app', "SELECT status IN ('completed', 'failed') FROM payout_job_status($job)"), "a group, $size in a batch");
+	is($node->safe_psql('app', "SELECT status, completed_count, failed_count FROM payout_job_status($job)"),
+		'completed|1889|111', 'all others are paid');
+}
+
 $node->stop;
 done_testing();
 
