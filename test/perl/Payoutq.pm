@@ -45,7 +45,7 @@ our @EXPORT = qw(
   worker_pid
   worker_errors
   kill9
-  kill_server
+  kill_postmaster
   is_running
   crash
   dispatcher_pid
@@ -359,7 +359,7 @@ sub kill9
 	return;
 }
 
-=item kill_server($node, $everything)
+=item kill_postmaster($node, $everything)
 
 Kills the postmaster, and with C<$everything> the other processes of the server
 at the same moment; returns when all have ended.  It is stopped first, because
@@ -368,7 +368,7 @@ and keep a new server from starting.
 
 =cut
 
-sub kill_server
+sub kill_postmaster
 {
 	my ($node, $everything) = @_;
 	my ($postmaster) = slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
@@ -425,7 +425,7 @@ sub crash
 	}
 	else
 	{
-		kill_server($node, $how eq 'all');
+		kill_postmaster($node, $how eq 'all');
 		$node->start;
 	}
 	$session->quit;
