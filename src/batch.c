@@ -447,7 +447,10 @@ fail_entries(const Claim *claim, int sqlstate, const char *message)
 	count_progress(claim, 0, entries_of(claim), 0);
 }
 
-/* Is there more to try, and nothing that has been paid meanwhile? */
+/*
+ * Is there more to try, and nothing that has been paid meanwhile?  A single entry
+ * is no more, unless it is a whole batch: it need not be searched for.
+ */
 bool
 payoutq_is_mass_failure(int64 job_id, TimestampTz since)
 {
@@ -457,7 +460,8 @@ payoutq_is_mass_failure(int64 job_id, TimestampTz since)
 		"   AND NOT EXISTS (SELECT FROM payoutq.batch"
 		"                    WHERE job_id = $1 AND status = 'completed' AND processed_at >= $2)"
 		"   AND EXISTS (SELECT FROM payoutq.batch"
-		"                WHERE job_id = $1 AND status = 'pending' AND attempts = 0)",
+		"                WHERE job_id = $1 AND status = 'pending' AND attempts = 0"
+		"                  AND (first_seq < last_seq OR job.batch_size = 1))",
 		2, {INT8OID, TIMESTAMPTZOID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(job_id), TimestampTzGetDatum(since)};

@@ -309,7 +309,10 @@ nothing_claimed(ActiveJob *job)
 	return WORK_NONE;
 }
 
-/* Lock the batch again that was claimed in an earlier transaction. */
+/*
+ * Lock the batch again that was claimed in an earlier transaction.  Whoever has
+ * locked it meanwhile cannot lock the attempt, and lets go of it at once.
+ */
 bool
 payoutq_reclaim(const Claim *claim)
 {
@@ -318,7 +321,7 @@ payoutq_reclaim(const Claim *claim)
 		" WHERE b.job_id = $1 AND b.batch_no = $2 AND b.status NOT IN ('completed', 'failed')"
 		"   AND b.first_seq = $3 AND b.last_seq = $4"
 		"   AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = $1 AND j.status = 'running')"
-		" FOR UPDATE OF b SKIP LOCKED",
+		" FOR UPDATE OF b",
 		4, {INT8OID, INT4OID, INT4OID, INT4OID}, NULL
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),

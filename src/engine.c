@@ -49,6 +49,7 @@
 /* Advisory locks of applications have 1 or 2 in the fourth field. */
 #define LOCK_SPACE_JOB		0x7071
 #define LOCK_SPACE_ACCOUNT	0x7072
+#define LOCK_SPACE_ATTEMPT	0x7073
 
 static Oid	storage_owner(void);
 static Oid	find_extension(char *version);
@@ -461,6 +462,37 @@ payoutq_lock_account(const char *account, const char *currency)
 	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash,
 						 LOCK_SPACE_ACCOUNT);
 	(void) LockAcquire(&tag, ExclusiveLock, false, false);
+}
+
+static LOCKTAG
+attempt_tag(int64 job_id, int32 batch_no)
+{
+	LOCKTAG		tag;
+	uint64		hash = hash_combine64(hash_bytes_uint32_extended((uint32) batch_no, 0), (uint64) job_id);
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash,
+						 LOCK_SPACE_ATTEMPT);
+	return tag;
+}
+
+/*
+ * Kept over the commit between the count of an attempt and the second claim of
+ * its batch, and released by a crash.  Never waited for.
+ */
+bool
+payoutq_lock_attempt(int64 job_id, int32 batch_no)
+{
+	LOCKTAG		tag = attempt_tag(job_id, batch_no);
+
+	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+void
+payoutq_unlock_attempt(int64 job_id, int32 batch_no)
+{
+	LOCKTAG		tag = attempt_tag(job_id, batch_no);
+
+	(void) LockRelease(&tag, ExclusiveLock, true);
 }
 
 /*

@@ -47,6 +47,16 @@
 #define MASS_FAILURE	20
 #define FIRST_FEW		5
 
+/* How long it is left alone when others are still at it, so that it cannot be. */
+#define STOP_WAIT_MS	1000
+
+typedef struct Stop
+{
+	int64		job_id;
+	const ErrorData *error;
+	TimestampTz since;			/* when everything fails; or 0 */
+} Stop;
+
 static MemoryContext turn_context = NULL;
 
 static bool begin_turn(EngineState *state);
@@ -54,9 +64,13 @@ static bool refresh(int64 only_job, bool woken);
 static TimestampTz next_refresh(TimestampTz began);
 static bool serve(ActiveJob *job, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
+static bool begin_carefully(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried);
+static bool count_and_reclaim(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried);
 static void not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error);
 static void note_failing(ActiveJob *job, const Claim *claim);
 static void note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state);
+static void stop_job(ActiveJob *job, const ErrorData *error, TimestampTz since, EngineState *state);
+static void stop(void *arg);
 
 PG_FUNCTION_INFO_V1(payout_process);
 
@@ -211,29 +225,11 @@ static bool
 pay(ActiveJob *job, const Claim *claim, EngineState *state)
 {
 	ErrorData  *error = NULL;
+	bool		tried = true;
 
-	if (claim->crashes >= MAX_CRASHES)
-	{
-		payoutq_quarantine_batch(claim);
-		return true;
-	}
-
-	if (job->careful > 0)
-	{
-		error = payoutq_count_attempt(claim);
-		if (error)
-		{
-			not_recorded(job, claim, error);
-			return true;
-		}
-		payoutq_turn_commit(state);
-		if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
-		{
-			payoutq_take_attempt_back(claim);
-			return false;
-		}
-		job->careful--;
-	}
+	if ((claim->crashes > 0 || job->careful > 0) &&
+		!begin_carefully(job, claim, state, &tried))
+		return tried;
 
 	switch (payoutq_pay_batch(claim, &error))
 	{
@@ -253,8 +249,7 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 			payoutq_look_again(job, claim);
 			break;
 		case BATCH_JOB_FAILED:
-			payoutq_turn_commit(state);
-			payoutq_fail_job(claim->job_id, error->sqlerrcode, error->message);
+			stop_job(job, error, 0, state);
 			break;
 		case BATCH_NOT_RECORDED:
 			not_recorded(job, claim, error);
@@ -265,6 +260,61 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 			ReThrowError(error);
 	}
 	payoutq_attempt_ended();
+	return true;
+}
+
+/*
+ * A batch with a count is one that a crash has left, unless somebody is between
+ * his count and his second claim: then he has the lock of the attempt.
+ */
+static bool
+begin_carefully(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried)
+{
+	bool		begun;
+
+	*tried = false;
+	if (!payoutq_lock_attempt(claim->job_id, claim->batch_no))
+		return false;
+	PG_TRY();
+	{
+		begun = count_and_reclaim(job, claim, state, tried);
+	}
+	PG_FINALLY();
+	{
+		payoutq_unlock_attempt(claim->job_id, claim->batch_no);
+	}
+	PG_END_TRY();
+	return begun;
+}
+
+static bool
+count_and_reclaim(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried)
+{
+	ErrorData  *error;
+
+	if (claim->crashes >= MAX_CRASHES)
+	{
+		payoutq_quarantine_batch(claim);
+		*tried = true;
+		return false;
+	}
+	if (job->careful == 0)
+		return true;
+
+	error = payoutq_count_attempt(claim);
+	if (error)
+	{
+		not_recorded(job, claim, error);
+		*tried = true;
+		return false;
+	}
+	payoutq_turn_commit(state);
+	if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
+	{
+		payoutq_take_attempt_back(claim);
+		return false;
+	}
+	job->careful--;
 	return true;
 }
 
@@ -318,9 +368,37 @@ note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state)
 	}
 
 	job->failing_since = 0;
+	stop_job(job, error, since, state);
+}
+
+/*
+ * Once those who pay its batches have come to an end: when everything fails,
+ * since then, they may have paid somebody.  If that takes longer than we wait for
+ * locks, the job goes on for now.
+ */
+static void
+stop_job(ActiveJob *job, const ErrorData *error, TimestampTz since, EngineState *state)
+{
+	Stop		arguments = {.job_id = job->id, .error = error, .since = since};
+	ErrorData  *obstacle;
+
 	payoutq_turn_commit(state);
-	if (payoutq_is_mass_failure(job->id, since))
-		payoutq_fail_job(job->id, error->sqlerrcode, error->message);
+	obstacle = payoutq_in_savepoint(stop, &arguments);
+	if (obstacle == NULL)
+		return;
+	if (payoutq_is_interrupt(obstacle) || payoutq_classify(obstacle->sqlerrcode) != FAILURE_TRANSIENT)
+		ReThrowError(obstacle);
+	payoutq_leave_alone(job, STOP_WAIT_MS);
+}
+
+static void
+stop(void *arg)
+{
+	Stop	   *s = arg;
+
+	(void) payoutq_lock_job(s->job_id, ExclusiveLock, true);
+	if (s->since == 0 || payoutq_is_mass_failure(s->job_id, s->since))
+		payoutq_fail_job(s->job_id, s->error->sqlerrcode, s->error->message);
 }
 
 /* payout_process(max_batches int, job_id bigint) */
