@@ -33,6 +33,7 @@ $node->safe_psql('app', q{
 	ALTER TABLE users OWNER TO app;
 	SELECT payout_bind_accounts('users', 'user_id', 'balance')});
 my $n = 0;
+my ($holds_row, $pays);
 
 # Each entry fails, and the trigger says the same to all.
 fails_and_is_mended('mass failure', 'P0001',
@@ -63,9 +64,10 @@ fails_and_is_mended('bound table', '42P01',
 $node->append_conf('postgresql.conf', "payoutq.retry_base = 10ms\npayoutq.max_attempts = 2");
 $node->reload;
 $node->safe_psql('app', q{
+	CREATE FUNCTION opened() RETURNS text LANGUAGE sql AS $$SELECT ''$$;
 	CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 	BEGIN
-		IF substr(NEW.user_id, 2)::int % 40 = 0 THEN RAISE EXCEPTION 'closed'; END IF;
+		IF substr(NEW.user_id, 2)::int % 40 = 0 AND NEW.user_id <> public.opened() THEN RAISE EXCEPTION 'closed'; END IF;
 		RETURN NEW;
 	END $$;
 	CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse();
@@ -87,6 +89,13 @@ ok(wait_for_job($node, 'app', $job), 'it is completed');
 is($node->safe_psql('app', "SELECT completed_count, failed_count FROM payout_job_status($job)"),
 	'1950|50', 'with everybody paid who can be');
 
+# Nor when all of them are retried.
+$node->safe_psql('app', q{CREATE OR REPLACE FUNCTION opened() RETURNS text LANGUAGE sql AS $$SELECT 'u2000'$$});
+is($node->safe_psql('app', "SELECT payout_retry_job($job)"), 50, 'one can be paid now');
+ok(wait_for($node, 'app', "SELECT status IN ('completed', 'failed') FROM payout_job_status($job)"), 'retried');
+is($node->safe_psql('app', "SELECT status, completed_count, failed_count FROM payout_job_status($job)"),
+	'completed|1951|49', 'and is paid');
+
 # Nor do those of a group, which are one after the other.
 $node->safe_psql('app', q{
 	CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -101,6 +110,25 @@ foreach my $size (4, 1000)
 	is($node->safe_psql('app', "SELECT status, completed_count, failed_count FROM payout_job_status($job)"),
 		'completed|1889|111', 'all others are paid');
 }
+
+# All of one batch fails while another process pays the only other one: it is
+# waited for, because then there is nothing more to try.
+$node->safe_psql('app', 'SELECT payout_stop_workers()');
+wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
+set_lock_timeout('1min');
+begin_to_pay_the_last('waited for');
+my $stops = $node->background_psql('app');
+$stops->query_until(qr/begun/, "\\echo begun\nCALL payout_process();\n");
+ok(wait_for($node, 'app', q{SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND NOT granted}, 1),
+	'who meets nothing but errors waits for the other');
+pay_the_last('waited for');
+$stops->quit;
+
+begin_to_pay_the_last('not waited for');
+set_lock_timeout('10ms');
+my (undef, undef, $error) = $node->psql('app', 'CALL payout_process()');
+is($error, '', 'who may not wait goes on');
+pay_the_last('not waited for');
 
 $node->stop;
 done_testing();
@@ -138,5 +166,51 @@ sub fails_and_is_mended
 	is($node->safe_psql('app', "SELECT completed_count, error FROM payout_job_status($job)"),
 		'2000|', "$what: without an error");
 	paid_once_ok($node, 'app', 2000, $what, accounts => 'users', times => $n);
+	return;
+}
+
+sub set_lock_timeout
+{
+	my ($timeout) = @_;
+
+	$node->append_conf('postgresql.conf', "payoutq.lock_timeout = $timeout");
+	$node->reload;
+	wait_for($node, 'app', 'SHOW payoutq.lock_timeout', $timeout);
+	return;
+}
+
+sub begin_to_pay_the_last
+{
+	my ($name) = @_;
+	my $holds_batch = $node->background_psql('app');
+
+	$job = $node->safe_psql('app', qq{
+		SELECT payout_create_job('$name', array_agg(user_id ORDER BY user_id), array_agg(1), batch_size => 20)
+		FROM users WHERE user_id ~ '^u1[56][01].\$'});
+	$holds_batch->query_safe("BEGIN; SELECT FROM payoutq.batch WHERE job_id = $job AND batch_no = 1 FOR UPDATE");
+	$holds_row = $node->background_psql('app');
+	$holds_row->query_safe(q{BEGIN; SELECT FROM users WHERE user_id = 'u1600' FOR UPDATE});
+	$pays = $node->background_psql('app');
+	$pays->query_until(qr/begun/, "\\echo begun\nCALL payout_process(1);\n");
+	ok(wait_for($node, 'app', q{SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CALL%'}, 1),
+		"$name: the last batch is being paid");
+	$holds_batch->query_safe('COMMIT');
+	$holds_batch->quit;
+	return;
+}
+
+sub pay_the_last
+{
+	my ($name) = @_;
+
+	$holds_row->query_safe('COMMIT');
+	$_->quit foreach $holds_row, $pays;
+	wait_for($node, 'app', q{SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CALL%' AND state = 'active'}, 0);
+	$node->safe_psql('app', 'SELECT payout_start_worker()');
+	ok(wait_for($node, 'app', "SELECT status IN ('completed', 'failed') FROM payout_job_status($job)"), "$name: it ends");
+	is($node->safe_psql('app', "SELECT status, completed_count, failed_count FROM payout_job_status($job)"),
+		'completed|20|20', "$name: all others are paid");
+	$node->safe_psql('app', 'SELECT payout_stop_workers()');
+	wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
 	return;
 }
