@@ -270,7 +270,7 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 static bool
 begin_carefully(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried)
 {
-	bool		begun;
+	volatile bool begun = false;
 
 	*tried = false;
 	if (!payoutq_lock_attempt(claim->job_id, claim->batch_no))
