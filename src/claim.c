@@ -82,9 +82,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		fresh[i].position_run_after = before->position_run_after;
 		fresh[i].position_batch_no = before->position_batch_no;
 		fresh[i].careful = before->careful;
-		fresh[i].failures = before->failures;
-		fresh[i].failure_code = before->failure_code;
-		fresh[i].failing_since = before->failing_since;
+		fresh[i].failing = before->failing;
 		if (!woken)
 			fresh[i].idle_until = before->idle_until;
 	}

@@ -240,6 +240,23 @@ typedef enum JobWork
 	WORK_FINISH					/* no batch is pending */
 } JobWork;
 
+/*
+ * A job is stopped when so many isolated entries in a row failed with the same
+ * error, each for the first time, nothing was paid since the first batch failed,
+ * and there is more to try.
+ */
+#define MASS_FAILURE	20
+
+typedef struct Failing
+{
+	TimestampTz since;			/* a whole batch failed then, and nothing was paid since; or 0 */
+	int			batches;		/* that failed since, with their entries */
+	int32		first_seq[MASS_FAILURE];
+	int32		last_seq[MASS_FAILURE];
+	int			entries;		/* of them that were isolated, */
+	int			sqlstate;		/* all with this error */
+} Failing;
+
 typedef struct ActiveJob
 {
 	int64		id;
@@ -252,9 +269,7 @@ typedef struct ActiveJob
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
 	int			careful;		/* batches to be counted before they are tried */
-	TimestampTz failing_since;	/* a whole batch failed then, and nothing was paid since; or 0 */
-	int			failures;		/* isolated entries that failed since, each for the first time, */
-	int			failure_code;	/* all with this SQLSTATE */
+	Failing		failing;
 	TimestampTz idle_until;		/* nothing to do before */
 } ActiveJob;
 

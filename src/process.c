@@ -38,14 +38,8 @@
 /* A batch that was begun so often without an outcome is left alone. */
 #define MAX_CRASHES		3
 
-/*
- * A job is stopped when so many isolated entries in a row failed with the same
- * error, each for the first time, nothing was paid since the first batch failed,
- * and there is more to try.  All but the first few are looked for all over the
- * job.
- */
-#define MASS_FAILURE	20
-#define FIRST_FEW		5
+/* All but the first few of those that fail are looked for all over the job. */
+#define FIRST_FEW	5
 
 /* How long it is left alone when others are still at it, so that it cannot be. */
 #define STOP_WAIT_MS	1000
@@ -68,7 +62,7 @@ static bool begin_carefully(ActiveJob *job, const Claim *claim, EngineState *sta
 static bool count_and_reclaim(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried);
 static void not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error);
 static void note_failing(ActiveJob *job, const Claim *claim);
-static void note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state);
+static void note_isolated(ActiveJob *job, const Claim *claim, const ErrorData *error, EngineState *state);
 static void stop_job(ActiveJob *job, const ErrorData *error, TimestampTz since, EngineState *state);
 static void stop(void *arg);
 
@@ -234,7 +228,7 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 	switch (payoutq_pay_batch(claim, &error))
 	{
 		case BATCH_PAID:
-			job->failing_since = 0;
+			job->failing.since = 0;
 			payoutq_worker_count(claim->last_seq - claim->first_seq + 1);
 			break;
 		case BATCH_WAITS:
@@ -242,7 +236,7 @@ pay(ActiveJob *job, const Claim *claim, EngineState *state)
 		case BATCH_ENTRY_FAILED:
 			note_failing(job, claim);
 			if (claim->failures == 0)	/* another try tells nothing new */
-				note_isolated(job, error, state);
+				note_isolated(job, claim, error, state);
 			break;
 		case BATCH_SPLIT:
 			note_failing(job, claim);
@@ -334,41 +328,49 @@ not_recorded(ActiveJob *job, const Claim *claim, const ErrorData *error)
 	payoutq_leave_alone(job, RECORD_WAIT_MS);
 }
 
-/*
- * Pieces of a batch do not begin it: the last pieces of many batches are single
- * entries, bad ones all of them, and what was paid beside them was paid before.
- */
 static void
 note_failing(ActiveJob *job, const Claim *claim)
 {
-	if (job->failing_since != 0 || claim->failures > 0 || claim->is_piece)
+	Failing    *f = &job->failing;
+
+	if (claim->failures > 0 || claim->is_piece)
 		return;
-	job->failing_since = GetCurrentTimestamp();
-	job->failures = 0;
+	if (f->since == 0)
+		*f = (Failing) {.since = GetCurrentTimestamp()};
+	if (f->batches < MASS_FAILURE)
+	{
+		f->first_seq[f->batches] = claim->first_seq;
+		f->last_seq[f->batches++] = claim->last_seq;
+	}
 }
 
-/* What fails for everybody must not be bisected for everybody. */
+/*
+ * What fails for everybody must not be bisected for everybody.  Pieces of older
+ * batches do not count: the last ones of a job are single entries, bad ones all of
+ * them, and those that were beside them are paid.
+ */
 static void
-note_isolated(ActiveJob *job, const ErrorData *error, EngineState *state)
+note_isolated(ActiveJob *job, const Claim *claim, const ErrorData *error, EngineState *state)
 {
-	TimestampTz since = job->failing_since;
+	Failing    *f = &job->failing;
+	bool		counts = false;
 
-	if (since == 0)
+	for (int i = 0; f->since != 0 && i < f->batches; i++)
+		counts |= claim->first_seq >= f->first_seq[i] && claim->last_seq <= f->last_seq[i];
+	if (!counts)
 		return;
-	if (job->failures == 0 || job->failure_code != error->sqlerrcode)
+	if (f->sqlstate != error->sqlerrcode)
+		f->entries = 0;
+	f->sqlstate = error->sqlerrcode;
+	if (++f->entries >= MASS_FAILURE)
 	{
-		job->failures = 0;
-		job->failure_code = error->sqlerrcode;
-	}
-	if (++job->failures < MASS_FAILURE)
-	{
-		if (job->failures >= FIRST_FEW)
-			payoutq_look_elsewhere(job);
-		return;
-	}
+		TimestampTz since = f->since;
 
-	job->failing_since = 0;
-	stop_job(job, error, since, state);
+		f->since = 0;
+		stop_job(job, error, since, state);
+	}
+	else if (f->entries >= FIRST_FEW)
+		payoutq_look_elsewhere(job);
 }
 
 /*
