@@ -5,6 +5,11 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_job_sql';
 COMMENT ON FUNCTION payoutq.lock_job(bigint) IS
 'waits until no batch of the job is being paid, and lets none begin before the transaction ends';
 
+CREATE FUNCTION payoutq.require_current(job_id bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_require_current';
+COMMENT ON FUNCTION payoutq.require_current(bigint) IS
+'40001 if the transaction''s snapshot does not show the failures and transfers of the locked job as they are now';
+
 CREATE FUNCTION payoutq.origin() RETURNS text
 LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'payoutq_origin_sql';
 COMMENT ON FUNCTION payoutq.origin() IS

@@ -45,7 +45,7 @@ BEGIN
                   DETAIL = format('It pays what was decided of challenge %s.', target.challenge_id),
                   HINT = 'Use payout_pause_job() to stop it.';
     END IF;
-    PERFORM payoutq.cancel_transfers(target);
+    PERFORM payoutq.require_current(target.id), payoutq.cancel_transfers(target);
     rest := payoutq.latest_system_balance(escrow, target.currency);
     IF rest > 0 THEN
         PERFORM payoutq.change_balance(target.source_account, target.currency, rest);
@@ -71,6 +71,7 @@ BEGIN
     IF target.status = 'cancelled' THEN
         PERFORM payoutq.refuse_state(target, 'retried');
     END IF;
+    PERFORM payoutq.require_current(target.id);
 
     -- What had failed for good is taken out of the count again.
     INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid, settled)
@@ -123,6 +124,7 @@ BEGIN
     IF target.status NOT IN ('queued', 'running') THEN
         PERFORM payoutq.refuse_state(target, 'triggered');
     END IF;
+    PERFORM payoutq.require_current(target.id);
     -- A restored job goes on, whatever payout_verify() says.
     UPDATE payoutq.job SET run_at = least(run_at, clock_timestamp()), origin = payoutq.origin(), error = NULL
      WHERE id = target.id;

@@ -27,6 +27,8 @@
 
 static TimestampTz adopt_after = 0;
 
+PG_FUNCTION_INFO_V1(payoutq_require_current);
+
 static void announce(int64 job_id, const char *event);
 static void post_fee(int64 job_id, int64 fee, const char *currency);
 
@@ -166,6 +168,50 @@ TimestampTz
 payoutq_adopt_due(void)
 {
 	return adopt_after;
+}
+
+/*
+ * payoutq.require_current(job_id): for whoever has the job's lock, and changes batches
+ * or transfers of it.  With a snapshot from before the lock he would not find those
+ * that the last to have it have made, or that have failed with them.
+ */
+Datum
+payoutq_require_current(PG_FUNCTION_ARGS)
+{
+	static EngineStatement find = {
+		"SELECT concat_ws(' ',"
+		"       (SELECT format('%s %s', sum(c.failed), CASE WHEN j.provider IS NOT NULL THEN sum(c.paid) END)"
+		"          FROM payoutq.counts c WHERE c.job_id = j.id),"
+		"       (SELECT format('%s %s', count(*), sum(b.attempts)) FROM payoutq.batch b"
+		"         WHERE b.job_id = j.id AND b.error_code IS NOT NULL),"
+		"       (SELECT format('%s %s', count(*), sum(t.attempts)) FROM payoutq.transfer t"
+		"         WHERE t.job_id = j.id AND t.status = 'retryable'))"
+		"  FROM payoutq.job j WHERE j.id = $1",
+		1, {INT8OID}, NULL
+	};
+	Datum		values[] = {PG_GETARG_DATUM(0)};
+	EngineState state;
+	char	   *seen;
+	char	   *current;
+
+	if (!IsolationUsesXactSnapshot())
+		PG_RETURN_VOID();
+
+	SPI_connect();
+	payoutq_engine_enter(&state);
+	(void) payoutq_execute(&find, values, NULL, SPI_OK_SELECT);
+	seen = payoutq_result_cstring(0, 1);
+	(void) payoutq_select_latest(&find, values);
+	current = payoutq_result_cstring(0, 1);
+	if (strcmp(seen, current) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("job " INT64_FORMAT " has changed since the transaction's snapshot was taken",
+						PG_GETARG_INT64(0)),
+				 errhint("Repeat the transaction. A job that is being paid can be paused first, with payout_pause_job().")));
+	payoutq_engine_leave(&state);
+	SPI_finish();
+	PG_RETURN_VOID();
 }
 
 void
