@@ -66,7 +66,9 @@ static SPIPlanPtr prepare_bound(const char *sql, int nargs, Oid *argtypes);
 static void refresh_plan(BoundPlan *cache, const char *sql, int nargs, Oid *argtypes);
 static void require_bound_table(const Binding *binding, SPIPlanPtr plan);
 static char *bound_sql(const Binding *binding, const char *format);
-static int	find_missing(const Claim *claim, int32 **missing);
+static int	find_missing(const Binding *binding, const Claim *claim,
+						 const BatchEntries *entries, int32 **missing);
+static void not_unique(const Binding *binding, const char *key);
 
 /*
  * payout_bind_accounts(table_name regclass, key_column name, balance_column name, currency text)
@@ -123,6 +125,7 @@ payoutq_find_binding(const char *currency, Binding *binding)
 	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 0)
 		return false;
 
+	binding->currency = currency;
 	binding->table = (Oid) payoutq_result_int64(0, 1);
 	binding->key_column = payoutq_result_cstring(0, 2);
 	binding->balance_column = payoutq_result_cstring(0, 3);
@@ -162,29 +165,45 @@ payoutq_credit_bound(const Binding *binding, const Claim *claim,
 				  " WHERE a.%2$s = e.user_id::%4$s"
 				  " RETURNING e.n", 2, argtypes, values);
 	payoutq_foreign_leave(&state);
-	return find_missing(claim, missing);
+	return find_missing(binding, claim, entries, missing);
 }
 
 /* What the credit returned are the ordinals of the entries that were paid. */
 static int
-find_missing(const Claim *claim, int32 **missing)
+find_missing(const Binding *binding, const Claim *claim, const BatchEntries *entries, int32 **missing)
 {
-	int			entries = claim->last_seq - claim->first_seq + 1;
-	bool	   *paid;
+	bool	   *paid = palloc0(entries->count * sizeof(bool));
+	uint64		rows = SPI_processed;
 	int			count = 0;
 
-	if (SPI_processed == (uint64) entries)
+	for (uint64 i = 0; i < rows; i++)
+	{
+		int64		n = payoutq_result_int64(i, 1) - 1;
+
+		if (paid[n])
+			not_unique(binding, text_to_cstring(DatumGetTextPP(entries->user[n])));
+		paid[n] = true;
+	}
+	if (rows == (uint64) entries->count)
 		return 0;
 
-	paid = palloc0(entries * sizeof(bool));
-	for (uint64 i = 0; i < SPI_processed; i++)
-		paid[payoutq_result_int64(i, 1) - 1] = true;
-
-	*missing = palloc(entries * sizeof(int32));
-	for (int i = 0; i < entries; i++)
+	*missing = palloc(entries->count * sizeof(int32));
+	for (int i = 0; i < entries->count; i++)
 		if (!paid[i])
 			(*missing)[count++] = claim->first_seq + i;
 	return count;
+}
+
+/* Of class 42: it stops a job, with nothing of the batch kept. */
+static void
+not_unique(const Binding *binding, const char *key)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_COLUMN_REFERENCE),
+			 errmsg("column \"%s\" of the table bound to currency \"%s\" is not unique",
+					binding->key_column, binding->currency),
+			 errdetail("More than one row is that of user \"%s\".", key),
+			 errhint("Leave one row for each user, and create a unique index.")));
 }
 
 /* False: no such row, or its balance is too low. */
@@ -203,6 +222,8 @@ payoutq_change_bound(const Binding *binding, const char *key, int64 amount)
 				  2, argtypes, values);
 	payoutq_foreign_leave(&state);
 
+	if (SPI_processed > 1)
+		not_unique(binding, key);
 	return SPI_processed == 1;
 }
 

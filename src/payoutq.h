@@ -342,6 +342,7 @@ extern void payoutq_change_balance(const char *account, const char *currency,
 /* binding.c: balances in a table of the application */
 typedef struct Binding
 {
+	const char *currency;
 	Oid			table;
 	char	   *key_column;
 	char	   *balance_column;

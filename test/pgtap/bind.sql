@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(126);
+SELECT plan(133);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -203,6 +203,24 @@ ALTER TABLE app.text_key RENAME COLUMN gone TO coins;
 SELECT payout_retry_job(:job) \g /dev/null
 CALL payout_process();
 SELECT is(pg_temp.statuses(:job), '11 completed', 'retried when the cause is mended, it pays');
+
+ALTER TABLE app.text_key DROP CONSTRAINT text_key_pkey;
+INSERT INTO app.text_key VALUES ('twice', 1), ('twice', 2);
+SELECT payout_create_job('not unique', ARRAY['11', 'twice', 'missing'], ARRAY[7, 8, 9], currency => 'text_key') AS job \gset
+CALL payout_process();
+SELECT results_eq(format('SELECT status, error_code FROM payoutq.job WHERE id = %s', :job), $$VALUES ('failed', '42P10')$$,
+    'a user with two rows stops the job, although as many rows were changed as there are entries');
+SELECT is(pg_temp.statuses(:job), '11 pending, missing pending, twice pending', 'nobody is paid');
+SELECT results_eq('SELECT coins FROM app.text_key WHERE id = ''twice'' ORDER BY 1', ARRAY[1, 2]::bigint[], 'nor is he');
+SELECT throws_ok('SELECT payout_deposit(''twice'', 5, ''t1'', ''text_key'')', '42P10', NULL, 'he gets no deposit');
+SELECT throws_ok('SELECT payout_withdraw(''twice'', 1, ''t2'', ''text_key'')', '42P10', NULL, 'and makes no withdrawal');
+DELETE FROM app.text_key WHERE id = 'twice' AND coins = 1;
+ALTER TABLE app.text_key ADD PRIMARY KEY (id);
+SELECT payout_retry_job(:job) \g /dev/null
+CALL payout_process();
+SELECT is(pg_temp.statuses(:job), '11 completed, missing retryable P0002, twice completed', 'with one row it goes on');
+SELECT is((SELECT coins FROM app.text_key WHERE id = 'twice'), 10::bigint, 'and pays once');
+DELETE FROM app.text_key WHERE id = 'twice';
 
 SELECT payout_create_job('nobody', array_agg('n' || i), array_agg(1), currency => 'text_key') AS job FROM generate_series(1, 25) i \gset
 CALL payout_process();
