@@ -96,22 +96,20 @@ DECLARE
                             AS t (name, schedule) USING (name)
                       WHERE t.schedule IS NOT NULL);
 BEGIN
-    PERFORM payoutq.execute_in_cron(format($sql$
+    -- At once, as each call is a transaction in another database. Some other one
+    -- may be choosing the same names.
+    RETURN payoutq.execute_in_cron(format($sql$
+        LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.unschedule(j.jobid)) FROM cron.job j
          WHERE j.database = %1$L AND j.jobname = ANY (%2$s)
            AND (j.username <> %3$L OR NOT EXISTS (SELECT FROM jsonb_array_elements(%4$L) w
-                                                   WHERE j.jobname IN (w ->> 'name', w ->> 'name' || %5$L)))$sql$,
-        current_database(), payoutq.own_cron_jobs(), username, wanted, payoutq.job_suffix()));
-
-    -- Another database may be choosing the same names.
-    RETURN payoutq.execute_in_cron(format($sql$
-        LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
+                                                   WHERE j.jobname IN (w ->> 'name', w ->> 'name' || %5$L)));
         SELECT count(cron.schedule_in_database(
-                   w ->> 'name' || CASE WHEN EXISTS (SELECT FROM cron.job j WHERE j.jobname = w ->> 'name' AND j.username = %2$L
-                                                        AND j.database <> %1$L) THEN %4$L ELSE '' END,
-                   w ->> 'schedule', w ->> 'command', %1$L, %2$L, true))
-          FROM jsonb_array_elements(%3$L) w$sql$,
-        current_database(), username, wanted, payoutq.job_suffix()))::integer;
+                   w ->> 'name' || CASE WHEN EXISTS (SELECT FROM cron.job j WHERE j.jobname = w ->> 'name' AND j.username = %3$L
+                                                        AND j.database <> %1$L) THEN %5$L ELSE '' END,
+                   w ->> 'schedule', w ->> 'command', %1$L, %3$L, true))
+          FROM jsonb_array_elements(%4$L) w$sql$,
+        current_database(), payoutq.own_cron_jobs(), username, wanted, payoutq.job_suffix()))::integer;
 END $$;
 
 CREATE FUNCTION @extschema@.payout_unschedule() RETURNS integer

@@ -70,6 +70,13 @@ foreach my $call ('payout_schedule()', 'payout_unschedule()', q{payoutq.execute_
 }
 is($node->safe_psql('app', 'SELECT count(*) FROM payout_schedules', extra_params => [ '-U', 'clerk' ]),
 	4, 'who sees the schedules');
+foreach my $arguments (q(process => NULL, deadlines => 'every minute'), q(deadlines => '* * * *'))
+{
+	my $before = jobs(q(database = 'app'));
+	($code, $out, $error) = $node->psql('app', "SELECT payout_schedule($arguments)", extra_params => [ '-U', 'keeper' ]);
+	like($error, qr/ERROR:  invalid schedule/, "a call that fails: $arguments");
+	is(jobs(q(database = 'app')), $before, 'removes nothing');
+}
 
 # Databases, among them pg_cron's own
 is(schedule('other', '', 'clerk'), 4, 'another database, the same role');
