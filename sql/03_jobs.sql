@@ -51,7 +51,8 @@ BEGIN
     END;
 
     RETURN QUERY
-        SELECT w.entry, w.user_id, w.amount, (w.entry - 1) / size + 1, b.balance, coalesce(b.balance, 0) + w.amount,
+        SELECT w.entry, w.user_id, w.amount, (w.entry - 1) / size + 1, b.balance,
+               least(coalesce(b.balance, 0)::numeric + w.amount, 9223372036854775807)::bigint,
                CASE WHEN existing IS NOT NULL THEN format('in job %s already', existing)
                     WHEN b.balance IS NOT NULL THEN 'credit'
                     WHEN EXISTS (SELECT FROM payoutq.binding bound WHERE bound.currency = currency)

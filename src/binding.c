@@ -227,6 +227,10 @@ payoutq_change_bound(const Binding *binding, const char *key, int64 amount)
 	return SPI_processed == 1;
 }
 
+/*
+ * Of a numeric balance, what there is in whole units and in the range of bigint.
+ * Through numeric: floor() of a bigint would be that of a double.
+ */
 bool
 payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
 {
@@ -237,7 +241,9 @@ payoutq_bound_balance(const Binding *binding, const char *key, int64 *balance)
 
 	become_owner(binding, &state);
 	execute_bound(&cache, binding, SPI_OK_SELECT,
-				  "SELECT coalesce(a.%3$s, 0)::bigint FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
+				  "SELECT floor(least(greatest(coalesce(a.%3$s, 0)::numeric, -9223372036854775808),"
+				  "             9223372036854775807))::bigint"
+				  "  FROM %1$s AS a WHERE a.%2$s = $1::%4$s",
 				  1, argtypes, values);
 	payoutq_foreign_leave(&state);
 

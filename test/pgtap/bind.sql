@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(133);
+SELECT plan(138);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -189,6 +189,33 @@ CALL payout_process();
 SELECT is((SELECT array_agg(status ORDER BY entry) FROM payout_entries WHERE job_id = :job), ARRAY['completed', 'retryable'],
     'an update that a trigger suppresses does not count as paid');
 SELECT is((SELECT sum(coins) FROM app.uuid_key), 46::numeric, 'what is not recorded as paid is not paid');
+
+-- ---------------------------------------------------------------------------
+-- Numeric balances that are no bigint
+-- ---------------------------------------------------------------------------
+
+INSERT INTO app.varchar_key VALUES ('huge', 1e19), ('debt', -1e19), ('part', 99.5), ('owes', -0.5), ('nan', 'NaN'), ('inf', 'Infinity');
+SELECT results_eq('SELECT id::text, payout_balance(id, ''varchar_key'') FROM app.varchar_key WHERE id !~ ''^[0-9o]'' OR id = ''owes'' ORDER BY id',
+    $$VALUES ('debt', -9223372036854775808), ('huge', 9223372036854775807), ('inf', 9223372036854775807), ('nan', 9223372036854775807),
+             ('owes', -1), ('part', 99)$$, 'are rounded down, and within the range of bigint');
+UPDATE app.text_key SET coins = 9007199254740993 WHERE id = 'other';
+SELECT is(payout_balance('other', 'text_key'), 9007199254740993, 'a bigint is exact beyond 2^53');
+UPDATE app.text_key SET coins = 1 WHERE id = 'other';
+SELECT results_eq('SELECT user_id, balance_before, balance_after FROM payout_preview_job(''p'', ARRAY[''huge'', ''part''], ARRAY[100, 100], currency => ''varchar_key'') ORDER BY 1',
+    $$VALUES ('huge', 9223372036854775807, 9223372036854775807), ('part', 99, 199)$$, 'the preview keeps within it, too');
+
+CREATE SERVER bind_bank FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external');
+SELECT payout_create_job('transfers', ARRAY['huge', 'part', 'whole'], ARRAY[100, 100, 100], currency => 'varchar_key', provider => 'bind_bank') AS job \gset
+INSERT INTO app.varchar_key VALUES ('whole', 0.5);
+CALL payout_process();
+UPDATE app.varchar_key SET coins = coins - 100 WHERE id = 'part';
+SELECT payout_set_destination(u, 'bind_bank', u) FROM unnest(ARRAY['huge', 'part', 'whole']) u \g /dev/null
+SELECT is(payout_retry_job(:job), 2::bigint, 'of failed transfers, those of users who have the money are made again');
+SELECT results_eq('SELECT id::text, coins FROM app.varchar_key WHERE id IN (''huge'', ''part'', ''whole'') ORDER BY 1',
+    $$VALUES ('huge', 1e19), ('part', 99.5), ('whole', 0.5)$$, 'and not of who lacks half a unit');
+SELECT payout_cancel_job(:job) \g /dev/null
+DROP SERVER bind_bank CASCADE;
+DELETE FROM app.varchar_key WHERE id !~ '^1' AND id <> 'other';
 
 -- ---------------------------------------------------------------------------
 -- Whatever fails for everybody stops the job, and pays nobody
