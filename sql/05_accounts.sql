@@ -104,8 +104,10 @@ BEGIN
                   DETAIL = format('%s of %s are reversed already.', reversed, entry.amount);
     END IF;
 
-    PERFORM payoutq.change_balance(user_id, target.currency, -amount);
-    PERFORM payoutq.change_balance(target.source_account, target.currency, amount);
+    -- In the order in which everybody locks accounts; of one and the same, first what it has.
+    PERFORM payoutq.change_balance(c.account, target.currency, c.change)
+       FROM (SELECT * FROM (VALUES (user_id, -amount), (target.source_account, amount)) AS v (account, change)
+              ORDER BY v.account COLLATE "C", v.change) c;
     INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, reason)
     VALUES ('reversal', user_id, target.source_account, target.currency, amount, target.id, entry.seq, reason)
     RETURNING m.id INTO id;
