@@ -40,7 +40,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     existing bigint := (SELECT j.id FROM payoutq.job j WHERE j.reference = reference);
-    size integer := coalesce(batch_size, current_setting('payoutq.batch_size')::integer);
+    size integer := coalesce(batch_size, payoutq.setting('payoutq.batch_size')::integer);
 BEGIN
     BEGIN
         PERFORM @extschema@.payout_create_job(reference, user_ids, amounts, total_pool, platform_fee, challenge_id, currency, priority,

@@ -38,6 +38,10 @@ like($waiter->query('SELECT 1'), qr/^completed$/m, 'who waits for the job is tol
 $waiter->quit;
 paid_once_ok($node, 'app', 1000, 'by hand');
 
+# What a session calls first loads the library.
+is($node->safe_psql('app', q{SELECT entry, batch_no, outcome FROM payout_preview_job('preview', ARRAY['ann'], ARRAY[10])}),
+	'1|1|new account', 'a preview in a fresh session');
+
 # Of one job only
 my $first = create_job($node, 'app', 'first', 10, prefix => 'first');
 my $second = create_job($node, 'app', 'second', 10, prefix => 'second');
