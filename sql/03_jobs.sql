@@ -131,7 +131,9 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
        s.progress, round(s.progress * 100, 2) AS progress_percent,
        j.total_pool, j.platform_fee, p.settled AS amount_paid,
        round(s.rate, 1) AS entries_per_second,
+       -- A job that was paused for months may seem to need longer than timestamps go.
        CASE WHEN j.status = 'running' AND s.rate > 0
+                 AND j.total_winners - p.completed - p.failed < s.rate * extract(epoch FROM interval '100 years')
             THEN clock_timestamp() + make_interval(secs =>
                  ((j.total_winners - p.completed - p.failed) / s.rate)::float8) END AS eta,
        j.created_at, j.started_at, j.completed_at, j.error

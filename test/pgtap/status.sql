@@ -1,6 +1,6 @@
 -- payout_job_status(): its columns, and what it says while a job goes on.
 \ir fresh.psql
-SELECT plan(31);
+SELECT plan(35);
 
 CREATE FUNCTION pg_temp.columns(query text) RETURNS TABLE (name text, type text) LANGUAGE plpgsql AS $$
 BEGIN
@@ -112,6 +112,17 @@ SELECT cmp_ok((SELECT progress FROM payout_job_status(:job)), '<', 1::numeric, '
 SELECT cmp_ok((SELECT progress_percent FROM payout_job_status(:job)), '<', 100::numeric, 'nor the percentage to 100');
 CALL payout_process(NULL, :job);
 SELECT is((SELECT progress FROM payout_job_status(:job)), 1::numeric, 'until it is paid');
+
+-- One of 2,000 since a long time ago
+SELECT payout_create_job('slow', array_agg('s' || i), array_agg(1), batch_size => 1) AS job FROM generate_series(1, 2000) i \gset
+CALL payout_process(1, :job);
+UPDATE payoutq.job SET started_at = now() - interval '10 days' WHERE id = :job;
+SELECT cmp_ok((SELECT eta FROM payout_job_status(:job)), '>', now() + interval '50 years', 'the end may be far away');
+UPDATE payoutq.job SET started_at = now() - interval '1000 years' WHERE id = :job;
+SELECT is((SELECT eta FROM payout_job_status(:job)), NULL, 'but not out of sight');
+SELECT is((SELECT count(eta) FROM payout_jobs WHERE job_id = :job), 0::bigint, 'nor is it for payout_jobs');
+SELECT is((SELECT count(time_left) FROM payout_progress WHERE job_id = :job), 0::bigint, 'nor for payout_progress');
+SELECT payout_cancel_job(:job) \g /dev/null
 
 -- ---------------------------------------------------------------------------
 -- Entries that fail
