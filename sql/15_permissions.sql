@@ -54,12 +54,19 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     levels text[] := CASE level WHEN 'reader' THEN ARRAY['reader'] WHEN 'operator' THEN ARRAY['reader', 'operator']
                                 WHEN 'admin' THEN ARRAY['reader', 'operator', 'admin'] END;
+    home regnamespace := (SELECT x.extnamespace FROM pg_extension x WHERE x.extname = 'payoutq');
 BEGIN
     IF levels IS NULL THEN
         RAISE EXCEPTION 'invalid level "%"', coalesce(level, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Levels are reader, operator and admin.';
     END IF;
     PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
+
+    -- There may be more in the schema than the extension, so that is for its owner.
+    IF NOT has_schema_privilege(role_name, home, 'USAGE') THEN
+        RAISE WARNING 'role % lacks USAGE on schema %', role_name, home
+            USING ERRCODE = '01007', HINT = format('GRANT USAGE ON SCHEMA %s TO %s.', home, role_name);
+    END IF;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_grant(regrole, text) IS
 'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs and challenges, deposit, withdraw), admin (also reverse, bind tables, workers, schedules, arm sending, grant); error: 22023';
