@@ -47,7 +47,8 @@ BEGIN
     END IF;
     IF retention > interval '0' THEN
         DELETE FROM payoutq.notification n
-         WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.created_at < now() - retention LIMIT max_rows);
+         WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.created_at < now() - retention
+                         ORDER BY o.created_at, o.id LIMIT max_rows);
         GET DIAGNOSTICS removed = ROW_COUNT;
         removed := removed + payoutq.archive_jobs(now() - retention, max_rows - removed);
     END IF;
