@@ -107,6 +107,10 @@ BEGIN
         RAISE EXCEPTION 'min_stakes must be greater than zero, not %', min_stakes
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    IF NOT isfinite(due_at) THEN
+        RAISE EXCEPTION 'due_at must be a finite time, not %', due_at
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Without it the challenge is open until it is resolved.';
+    END IF;
     PERFORM payoutq.require_user_id(u) FROM unnest(ARRAY[creator_id, challenger_id, challenged_id]) u WHERE u IS NOT NULL;
 
     INSERT INTO payoutq.challenge AS c (title, description, category, creator_id, challenger_id, challenged_id, currency,

@@ -2,7 +2,7 @@
 -- The clock is an argument: all of it happens on one day, far in the future.
 \ir fresh.psql
 SET timezone = 'UTC';
-SELECT plan(238);
+SELECT plan(240);
 
 -- A challenge that is due at noon, with these stakes: user, side, amount. Each
 -- user gets the money for it first.
@@ -81,6 +81,8 @@ SELECT throws_ok('SELECT payout_create_challenge(' || arguments || ')', '22023',
     ('''x'', fee_bps => 10000',                     'a fee of everything'),
     ('''x'', min_stakes => 0',                      'min_stakes 0'),
     ('''x'', min_stakes => -1',                     'min_stakes negative'),
+    ('''x'', ''infinity''',                         'never due'),
+    ('''x'', ''-infinity''',                        'always due'),
     ('''x'', creator_id => ''@outside''',           'a system account as creator'),
     ('''x'', challenger_id => ''''',                'challenger empty'),
     ('''x'', challenged_id => ''@challenge:1''',    'an escrow as challenged'),
