@@ -80,6 +80,29 @@ BEGIN
         USING ERRCODE = 'undefined_object';
 END $$;
 
+-- Whoever adds to a challenge, before he locks its row: until his transaction ends,
+-- whoever wants the row for himself waits for him, and those who come later behind.
+CREATE FUNCTION payoutq.enter_challenge(challenge_id bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_enter_challenge_sql';
+CREATE FUNCTION payoutq.lock_challenge(challenge_id bigint, stays boolean) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_challenge_sql';
+COMMENT ON FUNCTION payoutq.lock_challenge(bigint, boolean) IS
+'locks the challenge''s row FOR UPDATE, after those who have entered; whoever stays has entered it, too';
+
+-- The challenge, locked against all others, or 42704. Whoever places a stake stays.
+CREATE FUNCTION payoutq.locked_challenge(challenge_id bigint, stays boolean DEFAULT false) RETURNS payoutq.challenge
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    challenge payoutq.challenge;
+BEGIN
+    PERFORM payoutq.lock_challenge(challenge_id, stays);
+    SELECT c.* INTO challenge FROM payoutq.challenge c WHERE c.id = challenge_id;
+    IF NOT FOUND THEN
+        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
+    END IF;
+    RETURN challenge;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_create_challenge(
     title text, due_at timestamptz DEFAULT NULL, creator_id text DEFAULT NULL, challenger_id text DEFAULT NULL,
     challenged_id text DEFAULT NULL, description text DEFAULT NULL, category text DEFAULT NULL, fee_bps integer DEFAULT 0,
@@ -168,8 +191,9 @@ BEGIN
 
         -- While it is pending, stakes are counted one after the other.
         IF target.status = 'pending' OR is_large OR target.is_large THEN
-            SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
+            target := payoutq.locked_challenge(challenge_id, stays => true);
         ELSIF target.status = 'active' THEN
+            PERFORM payoutq.enter_challenge(challenge_id);
             SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR KEY SHARE;
         END IF;
         IF target.status NOT IN ('pending', 'active') THEN
@@ -211,6 +235,7 @@ BEGIN
     IF evidence IS NULL THEN
         RAISE EXCEPTION 'evidence must not be null' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    PERFORM payoutq.enter_challenge(challenge_id);
     SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM payoutq.refuse_unknown_challenge(challenge_id);
@@ -312,10 +337,7 @@ BEGIN
         RAISE EXCEPTION 'invalid result "%"', coalesce(result, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Results are challenger_won, challenged_won and draw.';
     END IF;
-    SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
-    IF NOT FOUND THEN
-        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
-    END IF;
+    target := payoutq.locked_challenge(challenge_id);
     IF target.status = 'active' AND target.due_at IS NULL THEN
         -- Nobody else closes it. That takes as long as it takes to sum up the stakes.
         PERFORM payoutq.close_challenges(ARRAY[target.id], 'pending_admin', clock_timestamp());
@@ -351,13 +373,10 @@ CREATE FUNCTION @extschema@.payout_cancel_challenge(challenge_id bigint, reason 
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    target payoutq.challenge;
+    target payoutq.challenge := payoutq.locked_challenge(challenge_id);
     job_id bigint;
 BEGIN
-    SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
-    IF NOT FOUND THEN
-        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
-    ELSIF target.status NOT IN ('pending', 'active', 'pending_admin') OR target.result IS NOT NULL THEN
+    IF target.status NOT IN ('pending', 'active', 'pending_admin') OR target.result IS NOT NULL THEN
         PERFORM payoutq.refuse_challenge(target, 'cancelled');
     END IF;
 

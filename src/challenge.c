@@ -10,7 +10,72 @@
 
 #include "payoutq.h"
 
+static bool lock_row(int64 challenge_id, bool wait);
+
+PG_FUNCTION_INFO_V1(payoutq_enter_challenge_sql);
+PG_FUNCTION_INFO_V1(payoutq_lock_challenge_sql);
 PG_FUNCTION_INFO_V1(payoutq_latest_pools);
+
+/* payoutq.enter_challenge(challenge_id) */
+Datum
+payoutq_enter_challenge_sql(PG_FUNCTION_ARGS)
+{
+	payoutq_enter_challenge(PG_GETARG_INT64(0), ShareLock);
+	PG_RETURN_VOID();
+}
+
+/*
+ * payoutq.lock_challenge(challenge_id, stays)
+ *
+ * Lock the row FOR UPDATE.  FOR KEY SHARE goes past whoever waits for that, and
+ * transactions that overlap never leave a gap, so whoever meets one queues here:
+ * who comes after waits behind.  The row is not waited for while the lock is held
+ * in Exclusive mode, because who has locked it may want the lock, too.
+ *
+ * Share is asked for first: he who has the row already needs no other.  It is
+ * let go before, because of two who hold it neither gets Exclusive.
+ */
+Datum
+payoutq_lock_challenge_sql(PG_FUNCTION_ARGS)
+{
+	int64		challenge_id = PG_GETARG_INT64(0);
+	bool		stays = PG_GETARG_BOOL(1);
+	bool		locked;
+
+	SPI_connect();
+	payoutq_enter_challenge(challenge_id, ShareLock);
+	if (!lock_row(challenge_id, false))
+	{
+		payoutq_leave_challenge(challenge_id, ShareLock);
+		payoutq_enter_challenge(challenge_id, ExclusiveLock);
+		payoutq_enter_challenge(challenge_id, ShareLock);
+		locked = lock_row(challenge_id, false);
+		payoutq_leave_challenge(challenge_id, ExclusiveLock);
+
+		/* By somebody who has not entered: he is closing it, or tells of it. */
+		if (!locked)
+			(void) lock_row(challenge_id, true);
+	}
+	if (!stays)
+		payoutq_leave_challenge(challenge_id, ShareLock);
+	SPI_finish();
+	PG_RETURN_VOID();
+}
+
+/* False: there is none, or, without waiting, somebody else has locked it. */
+static bool
+lock_row(int64 challenge_id, bool wait)
+{
+	static EngineStatement lock_or_wait = {
+		"SELECT FROM payoutq.challenge WHERE id = $1 FOR UPDATE", 1, {INT8OID}, NULL
+	};
+	static EngineStatement lock_if_free = {
+		"SELECT FROM payoutq.challenge WHERE id = $1 FOR UPDATE SKIP LOCKED", 1, {INT8OID}, NULL
+	};
+	Datum		values[] = {Int64GetDatum(challenge_id)};
+
+	return payoutq_execute(wait ? &lock_or_wait : &lock_if_free, values, NULL, SPI_OK_SELECT) == 1;
+}
 
 /* payoutq.latest_pools(challenge_id) */
 Datum

@@ -15,6 +15,8 @@
  *	job			Share by whoever pays one of its batches, Exclusive by whoever
  *				changes its state: once pause or cancel return, no batch of the
  *				job is being paid and none will be.
+ *	challenge	Share by whoever stakes on it, Exclusive for a moment by whoever
+ *				wants its row for himself (challenge.c).
  *	account		Exclusive by whoever takes money from a system account, whose
  *				balance is derived and so has no row to lock.
  *	rows		the batch, then accounts in order of user_id, then progress.
@@ -50,6 +52,13 @@
 #define LOCK_SPACE_JOB		0x7071
 #define LOCK_SPACE_ACCOUNT	0x7072
 #define LOCK_SPACE_ATTEMPT	0x7073
+#define LOCK_SPACE_CHALLENGE	0x7074
+
+/*
+ * A transaction may stake on more challenges than the lock table has room for,
+ * so that each of these locks is that of many.  Then one waits for nothing.
+ */
+#define CHALLENGE_LOCKS		1024
 
 static Oid	storage_owner(void);
 static Oid	find_extension(char *version);
@@ -57,6 +66,8 @@ static bool is_older(const char *a, const char *b);
 static void check_result(const EngineStatement *statement, int expected, int rc);
 static void set_setting(const char *name, const char *value, GucAction action);
 static void set_engine_settings(GucAction action);
+static LOCKTAG attempt_tag(int64 job_id, int32 batch_no);
+static LOCKTAG lock_tag(uint16 space, uint64 key);
 
 PG_FUNCTION_INFO_V1(payoutq_lock_job_sql);
 PG_FUNCTION_INFO_V1(payoutq_origin_sql);
@@ -444,35 +455,37 @@ payoutq_try_lock_extension(void)
 bool
 payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait)
 {
-	LOCKTAG		tag;
+	LOCKTAG		tag = lock_tag(LOCK_SPACE_JOB, (uint64) job_id);
 
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (job_id >> 32),
-						 (uint32) job_id, LOCK_SPACE_JOB);
 	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/* Until the end of the transaction, or until it is left as often. */
+void
+payoutq_enter_challenge(int64 challenge_id, LOCKMODE mode)
+{
+	LOCKTAG		tag = lock_tag(LOCK_SPACE_CHALLENGE, (uint64) challenge_id % CHALLENGE_LOCKS);
+
+	(void) LockAcquire(&tag, mode, false, false);
+}
+
+void
+payoutq_leave_challenge(int64 challenge_id, LOCKMODE mode)
+{
+	LOCKTAG		tag = lock_tag(LOCK_SPACE_CHALLENGE, (uint64) challenge_id % CHALLENGE_LOCKS);
+
+	(void) LockRelease(&tag, mode, false);
 }
 
 /* Two accounts may share a lock; then one waits for nothing. */
 void
 payoutq_lock_account(const char *account, const char *currency)
 {
-	LOCKTAG		tag;
 	char	   *name = psprintf("%s %s", currency, account);
 	uint64		hash = hash_bytes_extended((const unsigned char *) name, strlen(name), 0);
+	LOCKTAG		tag = lock_tag(LOCK_SPACE_ACCOUNT, hash);
 
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash,
-						 LOCK_SPACE_ACCOUNT);
 	(void) LockAcquire(&tag, ExclusiveLock, false, false);
-}
-
-static LOCKTAG
-attempt_tag(int64 job_id, int32 batch_no)
-{
-	LOCKTAG		tag;
-	uint64		hash = hash_combine64(hash_bytes_uint32_extended((uint32) batch_no, 0), (uint64) job_id);
-
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash,
-						 LOCK_SPACE_ATTEMPT);
-	return tag;
 }
 
 /*
@@ -493,6 +506,22 @@ payoutq_unlock_attempt(int64 job_id, int32 batch_no)
 	LOCKTAG		tag = attempt_tag(job_id, batch_no);
 
 	(void) LockRelease(&tag, ExclusiveLock, true);
+}
+
+static LOCKTAG
+attempt_tag(int64 job_id, int32 batch_no)
+{
+	return lock_tag(LOCK_SPACE_ATTEMPT,
+					hash_combine64(hash_bytes_uint32_extended((uint32) batch_no, 0), (uint64) job_id));
+}
+
+static LOCKTAG
+lock_tag(uint16 space, uint64 key)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (key >> 32), (uint32) key, space);
+	return tag;
 }
 
 /*

@@ -77,6 +77,8 @@ extern bool payoutq_lock_extension(void);
 extern bool payoutq_try_lock_extension(void);
 extern bool payoutq_complain_of_version(int elevel);
 extern bool payoutq_lock_job(int64 job_id, LOCKMODE mode, bool wait);
+extern void payoutq_enter_challenge(int64 challenge_id, LOCKMODE mode);
+extern void payoutq_leave_challenge(int64 challenge_id, LOCKMODE mode);
 extern void payoutq_lock_account(const char *account, const char *currency);
 extern bool payoutq_lock_attempt(int64 job_id, int32 batch_no);
 extern void payoutq_unlock_attempt(int64 job_id, int32 batch_no);
