@@ -91,7 +91,7 @@ COMMENT ON FUNCTION payoutq.lock_challenge(bigint, boolean) IS
 
 -- The challenge, locked against all others, or 42704. Whoever places a stake stays.
 CREATE FUNCTION payoutq.locked_challenge(challenge_id bigint, stays boolean DEFAULT false) RETURNS payoutq.challenge
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     challenge payoutq.challenge;
 BEGIN

@@ -205,6 +205,11 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_job_sql';
 COMMENT ON FUNCTION payoutq.lock_job(bigint) IS
 'waits until no batch of the job is being paid, and lets none begin before the transaction ends';
 
+CREATE FUNCTION payoutq.require_current(job_id bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_require_current';
+COMMENT ON FUNCTION payoutq.require_current(bigint) IS
+'40001 if the transaction''s snapshot does not show the failures and transfers of the locked job as they are now';
+
 CREATE FUNCTION payoutq.origin() RETURNS text
 LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'payoutq_origin_sql';
 COMMENT ON FUNCTION payoutq.origin() IS
@@ -387,7 +392,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     existing bigint := (SELECT j.id FROM payoutq.job j WHERE j.reference = reference);
-    size integer := coalesce(batch_size, current_setting('payoutq.batch_size')::integer);
+    size integer := coalesce(batch_size, payoutq.setting('payoutq.batch_size')::integer);
 BEGIN
     BEGIN
         PERFORM @extschema@.payout_create_job(reference, user_ids, amounts, total_pool, platform_fee, challenge_id, currency, priority,
@@ -398,7 +403,8 @@ BEGIN
     END;
 
     RETURN QUERY
-        SELECT w.entry, w.user_id, w.amount, (w.entry - 1) / size + 1, b.balance, coalesce(b.balance, 0) + w.amount,
+        SELECT w.entry, w.user_id, w.amount, (w.entry - 1) / size + 1, b.balance,
+               least(coalesce(b.balance, 0)::numeric + w.amount, 9223372036854775807)::bigint,
                CASE WHEN existing IS NOT NULL THEN format('in job %s already', existing)
                     WHEN b.balance IS NOT NULL THEN 'credit'
                     WHEN EXISTS (SELECT FROM payoutq.binding bound WHERE bound.currency = currency)
@@ -477,7 +483,9 @@ SELECT j.id AS job_id, j.reference, j.challenge_id, j.status,
        s.progress, round(s.progress * 100, 2) AS progress_percent,
        j.total_pool, j.platform_fee, p.settled AS amount_paid,
        round(s.rate, 1) AS entries_per_second,
+       -- A job that was paused for months may seem to need longer than timestamps go.
        CASE WHEN j.status = 'running' AND s.rate > 0
+                 AND j.total_winners - p.completed - p.failed < s.rate * extract(epoch FROM interval '100 years')
             THEN clock_timestamp() + make_interval(secs =>
                  ((j.total_winners - p.completed - p.failed) / s.rate)::float8) END AS eta,
        j.created_at, j.started_at, j.completed_at, j.error
@@ -573,7 +581,7 @@ BEGIN
                   DETAIL = format('It pays what was decided of challenge %s.', target.challenge_id),
                   HINT = 'Use payout_pause_job() to stop it.';
     END IF;
-    PERFORM payoutq.cancel_transfers(target);
+    PERFORM payoutq.require_current(target.id), payoutq.cancel_transfers(target);
     rest := payoutq.latest_system_balance(escrow, target.currency);
     IF rest > 0 THEN
         PERFORM payoutq.change_balance(target.source_account, target.currency, rest);
@@ -599,6 +607,7 @@ BEGIN
     IF target.status = 'cancelled' THEN
         PERFORM payoutq.refuse_state(target, 'retried');
     END IF;
+    PERFORM payoutq.require_current(target.id);
 
     -- What had failed for good is taken out of the count again.
     INSERT INTO payoutq.progress AS p (job_id, part, slot, completed, failed, paid, settled)
@@ -651,6 +660,7 @@ BEGIN
     IF target.status NOT IN ('queued', 'running') THEN
         PERFORM payoutq.refuse_state(target, 'triggered');
     END IF;
+    PERFORM payoutq.require_current(target.id);
     -- A restored job goes on, whatever payout_verify() says.
     UPDATE payoutq.job SET run_at = least(run_at, clock_timestamp()), origin = payoutq.origin(), error = NULL
      WHERE id = target.id;
@@ -766,8 +776,10 @@ BEGIN
                   DETAIL = format('%s of %s are reversed already.', reversed, entry.amount);
     END IF;
 
-    PERFORM payoutq.change_balance(user_id, target.currency, -amount);
-    PERFORM payoutq.change_balance(target.source_account, target.currency, amount);
+    -- In the order in which everybody locks accounts; of one and the same, first what it has.
+    PERFORM payoutq.change_balance(c.account, target.currency, c.change)
+       FROM (SELECT * FROM (VALUES (user_id, -amount), (target.source_account, amount)) AS v (account, change)
+              ORDER BY v.account COLLATE "C", v.change) c;
     INSERT INTO payoutq.movement AS m (kind, debit_account, credit_account, currency, amount, job_id, entry_seq, reason)
     VALUES ('reversal', user_id, target.source_account, target.currency, amount, target.id, entry.seq, reason)
     RETURNING m.id INTO id;
@@ -1000,6 +1012,29 @@ BEGIN
         USING ERRCODE = 'undefined_object';
 END $$;
 
+-- Whoever adds to a challenge, before he locks its row: until his transaction ends,
+-- whoever wants the row for himself waits for him, and those who come later behind.
+CREATE FUNCTION payoutq.enter_challenge(challenge_id bigint) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_enter_challenge_sql';
+CREATE FUNCTION payoutq.lock_challenge(challenge_id bigint, stays boolean) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_challenge_sql';
+COMMENT ON FUNCTION payoutq.lock_challenge(bigint, boolean) IS
+'locks the challenge''s row FOR UPDATE, after those who have entered; whoever stays has entered it, too';
+
+-- The challenge, locked against all others, or 42704. Whoever places a stake stays.
+CREATE FUNCTION payoutq.locked_challenge(challenge_id bigint, stays boolean DEFAULT false) RETURNS payoutq.challenge
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    challenge payoutq.challenge;
+BEGIN
+    PERFORM payoutq.lock_challenge(challenge_id, stays);
+    SELECT c.* INTO challenge FROM payoutq.challenge c WHERE c.id = challenge_id;
+    IF NOT FOUND THEN
+        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
+    END IF;
+    RETURN challenge;
+END $$;
+
 CREATE FUNCTION @extschema@.payout_create_challenge(
     title text, due_at timestamptz DEFAULT NULL, creator_id text DEFAULT NULL, challenger_id text DEFAULT NULL,
     challenged_id text DEFAULT NULL, description text DEFAULT NULL, category text DEFAULT NULL, fee_bps integer DEFAULT 0,
@@ -1026,6 +1061,10 @@ BEGIN
     IF min_stakes <= 0 THEN
         RAISE EXCEPTION 'min_stakes must be greater than zero, not %', min_stakes
             USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF NOT isfinite(due_at) THEN
+        RAISE EXCEPTION 'due_at must be a finite time, not %', due_at
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Without it the challenge is open until it is resolved.';
     END IF;
     PERFORM payoutq.require_user_id(u) FROM unnest(ARRAY[creator_id, challenger_id, challenged_id]) u WHERE u IS NOT NULL;
 
@@ -1084,8 +1123,9 @@ BEGIN
 
         -- While it is pending, stakes are counted one after the other.
         IF target.status = 'pending' OR is_large OR target.is_large THEN
-            SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
+            target := payoutq.locked_challenge(challenge_id, stays => true);
         ELSIF target.status = 'active' THEN
+            PERFORM payoutq.enter_challenge(challenge_id);
             SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR KEY SHARE;
         END IF;
         IF target.status NOT IN ('pending', 'active') THEN
@@ -1127,6 +1167,7 @@ BEGIN
     IF evidence IS NULL THEN
         RAISE EXCEPTION 'evidence must not be null' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    PERFORM payoutq.enter_challenge(challenge_id);
     SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM payoutq.refuse_unknown_challenge(challenge_id);
@@ -1228,10 +1269,7 @@ BEGIN
         RAISE EXCEPTION 'invalid result "%"', coalesce(result, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Results are challenger_won, challenged_won and draw.';
     END IF;
-    SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
-    IF NOT FOUND THEN
-        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
-    END IF;
+    target := payoutq.locked_challenge(challenge_id);
     IF target.status = 'active' AND target.due_at IS NULL THEN
         -- Nobody else closes it. That takes as long as it takes to sum up the stakes.
         PERFORM payoutq.close_challenges(ARRAY[target.id], 'pending_admin', clock_timestamp());
@@ -1267,13 +1305,10 @@ CREATE FUNCTION @extschema@.payout_cancel_challenge(challenge_id bigint, reason 
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    target payoutq.challenge;
+    target payoutq.challenge := payoutq.locked_challenge(challenge_id);
     job_id bigint;
 BEGIN
-    SELECT c.* INTO target FROM payoutq.challenge c WHERE c.id = challenge_id FOR UPDATE;
-    IF NOT FOUND THEN
-        PERFORM payoutq.refuse_unknown_challenge(challenge_id);
-    ELSIF target.status NOT IN ('pending', 'active', 'pending_admin') OR target.result IS NOT NULL THEN
+    IF target.status NOT IN ('pending', 'active', 'pending_admin') OR target.result IS NOT NULL THEN
         PERFORM payoutq.refuse_challenge(target, 'cancelled');
     END IF;
 
@@ -3420,7 +3455,8 @@ BEGIN
     END IF;
     IF retention > interval '0' THEN
         DELETE FROM payoutq.notification n
-         WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.created_at < now() - retention LIMIT max_rows);
+         WHERE n.id IN (SELECT o.id FROM payoutq.notification o WHERE o.created_at < now() - retention
+                         ORDER BY o.created_at, o.id LIMIT max_rows);
         GET DIAGNOSTICS removed = ROW_COUNT;
         removed := removed + payoutq.archive_jobs(now() - retention, max_rows - removed);
     END IF;
@@ -3530,22 +3566,20 @@ DECLARE
                             AS t (name, schedule) USING (name)
                       WHERE t.schedule IS NOT NULL);
 BEGIN
-    PERFORM payoutq.execute_in_cron(format($sql$
+    -- At once, as each call is a transaction in another database. Some other one
+    -- may be choosing the same names.
+    RETURN payoutq.execute_in_cron(format($sql$
+        LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.unschedule(j.jobid)) FROM cron.job j
          WHERE j.database = %1$L AND j.jobname = ANY (%2$s)
            AND (j.username <> %3$L OR NOT EXISTS (SELECT FROM jsonb_array_elements(%4$L) w
-                                                   WHERE j.jobname IN (w ->> 'name', w ->> 'name' || %5$L)))$sql$,
-        current_database(), payoutq.own_cron_jobs(), username, wanted, payoutq.job_suffix()));
-
-    -- Another database may be choosing the same names.
-    RETURN payoutq.execute_in_cron(format($sql$
-        LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
+                                                   WHERE j.jobname IN (w ->> 'name', w ->> 'name' || %5$L)));
         SELECT count(cron.schedule_in_database(
-                   w ->> 'name' || CASE WHEN EXISTS (SELECT FROM cron.job j WHERE j.jobname = w ->> 'name' AND j.username = %2$L
-                                                        AND j.database <> %1$L) THEN %4$L ELSE '' END,
-                   w ->> 'schedule', w ->> 'command', %1$L, %2$L, true))
-          FROM jsonb_array_elements(%3$L) w$sql$,
-        current_database(), username, wanted, payoutq.job_suffix()))::integer;
+                   w ->> 'name' || CASE WHEN EXISTS (SELECT FROM cron.job j WHERE j.jobname = w ->> 'name' AND j.username = %3$L
+                                                        AND j.database <> %1$L) THEN %5$L ELSE '' END,
+                   w ->> 'schedule', w ->> 'command', %1$L, %3$L, true))
+          FROM jsonb_array_elements(%4$L) w$sql$,
+        current_database(), payoutq.own_cron_jobs(), username, wanted, payoutq.job_suffix()))::integer;
 END $$;
 
 CREATE FUNCTION @extschema@.payout_unschedule() RETURNS integer
@@ -3638,12 +3672,19 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     levels text[] := CASE level WHEN 'reader' THEN ARRAY['reader'] WHEN 'operator' THEN ARRAY['reader', 'operator']
                                 WHEN 'admin' THEN ARRAY['reader', 'operator', 'admin'] END;
+    home regnamespace := (SELECT x.extnamespace FROM pg_extension x WHERE x.extname = 'payoutq');
 BEGIN
     IF levels IS NULL THEN
         RAISE EXCEPTION 'invalid level "%"', coalesce(level, 'null')
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Levels are reader, operator and admin.';
     END IF;
     PERFORM payoutq.change_grants(role_name, levels, 'GRANT');
+
+    -- There may be more in the schema than the extension, so that is for its owner.
+    IF NOT has_schema_privilege(role_name, home, 'USAGE') THEN
+        RAISE WARNING 'role % lacks USAGE on schema %', role_name, home
+            USING ERRCODE = '01007', HINT = format('GRANT USAGE ON SCHEMA %s TO %s.', home, role_name);
+    END IF;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_grant(regrole, text) IS
 'lets a role use the extension: reader (status, balances, views), operator (also create and control jobs and challenges, deposit, withdraw), admin (also reverse, bind tables, workers, schedules, arm sending, grant); error: 22023';
@@ -3704,7 +3745,7 @@ COMMENT ON COLUMN @extschema@.payout_jobs.total_pool IS 'what there is to distri
 COMMENT ON COLUMN @extschema@.payout_jobs.platform_fee IS 'fee for @platform, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.amount_paid IS 'what is in the users'' hands, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.entries_per_second IS 'speed since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running';
+COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or that is more than 100 years away';
 COMMENT ON COLUMN @extschema@.payout_jobs.created_at IS 'when the job was created';
 COMMENT ON COLUMN @extschema@.payout_jobs.started_at IS 'when its first batch was tried';
 COMMENT ON COLUMN @extschema@.payout_jobs.completed_at IS 'when it was completed, failed or cancelled';
@@ -3726,7 +3767,7 @@ COMMENT ON COLUMN @extschema@.payout_progress.bar IS 'a bar, and percent';
 COMMENT ON COLUMN @extschema@.payout_progress.done IS 'completed entries / all entries; in thousands from 100,000 entries on';
 COMMENT ON COLUMN @extschema@.payout_progress.failed IS 'entries that failed for good';
 COMMENT ON COLUMN @extschema@.payout_progress.rate IS 'entries a second since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running';
+COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or that is more than 100 years';
 
 COMMENT ON COLUMN @extschema@.payout_entries.job_id IS 'id of the job';
 COMMENT ON COLUMN @extschema@.payout_entries.entry IS 'number of the entry in its job, in order of user id';
