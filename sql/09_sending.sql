@@ -97,7 +97,7 @@ BEGIN
                     payoutq.open_circuit(target.provider, outcome, reason);
         WHEN 'unfunded' THEN
             PERFORM payoutq.open_circuit(target.provider, outcome, reason);
-            IF target.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+            IF target.maybe_sent OR payoutq.is_cancelled(target.job_id) THEN
                 PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent THEN 'unknown' ELSE 'permanent' END, reason, NULL, true);
             ELSE
                 -- A definite rejection, which the provider would repeat under the old key
@@ -220,7 +220,7 @@ BEGIN
         PERFORM payoutq.mark_sent(target, reference);
     ELSIF outcome = 'absent' AND NOT answered AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
         IF lost_keys >= payoutq.setting('payoutq.max_attempts')::integer
-           OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+           OR payoutq.is_cancelled(target.job_id) THEN
             UPDATE payoutq.transfer t
                SET status = 'failed_terminal', settlements = settlements + 1, updated_at = clock_timestamp()
              WHERE t.id = target.id;
