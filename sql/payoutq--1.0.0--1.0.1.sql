@@ -446,6 +446,46 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
                  payoutq.setting('payoutq.retry_base')::interval * 2 ^ least(failures - 1, 20)) * (0.5 + random() / 2)
 $$;
 
+CREATE FUNCTION payoutq.is_cancelled(job_id bigint) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    job_status text;
+BEGIN
+    SELECT j.status INTO job_status FROM payoutq.job j WHERE j.id = job_id FOR KEY SHARE;
+    RETURN job_status = 'cancelled';
+END $$;
+
+CREATE OR REPLACE FUNCTION payoutq.fail_transfer(t payoutq.transfer, error_class text, reason text, wait interval, counts boolean) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    in_generation integer := t.attempts - t.first_attempt + 1;
+
+    -- Money that may have left is not given back because of a failure that says
+    -- nothing of the earlier attempts.
+    outcome text := CASE WHEN error_class = 'permanent' THEN 'failed_terminal'
+                         WHEN error_class = 'unknown' OR t.maybe_sent THEN 'unknown'
+                         WHEN counts AND in_generation >= payoutq.setting('payoutq.max_attempts')::integer THEN 'failed_terminal'
+                         ELSE 'retryable' END;
+    next_try timestamptz := clock_timestamp() + coalesce(wait, payoutq.backoff(in_generation));
+BEGIN
+    IF outcome = 'retryable' AND payoutq.is_cancelled(t.job_id) THEN
+        outcome := 'failed_terminal';
+    END IF;
+    reason := left(reason, 1000);
+    PERFORM payoutq.end_attempt(t, error_class, NULL, reason);
+    UPDATE payoutq.transfer
+       SET status = outcome, error = reason, maybe_sent = maybe_sent OR outcome = 'unknown', updated_at = clock_timestamp(),
+           settlements = settlements + CASE outcome WHEN 'failed_terminal' THEN 1 ELSE 0 END,
+           first_sent_at = CASE WHEN outcome <> 'retryable' THEN first_sent_at END,
+           first_attempt = first_attempt + CASE WHEN counts THEN 0 ELSE 1 END,
+           run_after = next_try
+     WHERE id = t.id;
+    IF outcome = 'failed_terminal' THEN
+        PERFORM payoutq.settle_transfer(t, outcome);
+    END IF;
+    RETURN outcome;
+END $$;
+
 CREATE OR REPLACE FUNCTION payoutq.record_answer(transfer_id bigint, token uuid, outcome text, reference text, reason text, http_status integer,
                                       retry_after integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -497,7 +537,7 @@ BEGIN
                     payoutq.open_circuit(target.provider, outcome, reason);
         WHEN 'unfunded' THEN
             PERFORM payoutq.open_circuit(target.provider, outcome, reason);
-            IF target.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+            IF target.maybe_sent OR payoutq.is_cancelled(target.job_id) THEN
                 PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent THEN 'unknown' ELSE 'permanent' END, reason, NULL, true);
             ELSE
                 -- A definite rejection, which the provider would repeat under the old key
@@ -527,6 +567,47 @@ BEGIN
        SET failures = c.failures + 1, reason = excluded.reason, sends_only = excluded.sends_only,
            open_until = clock_timestamp() + pause * least(15, 2 ^ least(c.failures, 4))
      WHERE c.open_until <= clock_timestamp();
+END $$;
+
+CREATE OR REPLACE FUNCTION payoutq.record_lookup(transfer_id bigint, idempotency_key text, outcome text, reference text, reason text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    target payoutq.transfer;
+    quiet_since timestamptz;
+    lost_keys bigint;
+    answered boolean;
+BEGIN
+    SELECT t.* INTO target FROM payoutq.transfer t WHERE t.id = transfer_id AND t.status = 'unknown' FOR UPDATE;
+    IF NOT FOUND OR payoutq.idempotency_key(target.id, target.generation) <> record_lookup.idempotency_key THEN
+        RETURN;
+    END IF;
+    SELECT max(coalesce(a.finished_at, a.started_at)), count(DISTINCT a.generation) FILTER (WHERE a.outcome = 'unknown'),
+           coalesce(bool_or(a.generation = target.generation AND a.provider_reference IS NOT NULL), false)
+      INTO quiet_since, lost_keys, answered
+      FROM payoutq.attempt a WHERE a.transfer_id = target.id;
+
+    IF outcome = 'sent' THEN
+        PERFORM payoutq.mark_sent(target, reference);
+    ELSIF outcome = 'absent' AND NOT answered AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
+        IF lost_keys >= payoutq.setting('payoutq.max_attempts')::integer
+           OR payoutq.is_cancelled(target.job_id) THEN
+            UPDATE payoutq.transfer t
+               SET status = 'failed_terminal', settlements = settlements + 1, updated_at = clock_timestamp()
+             WHERE t.id = target.id;
+            PERFORM payoutq.settle_transfer(target, 'failed_terminal');
+        ELSE
+            PERFORM payoutq.next_generation(target, target.destination);
+        END IF;
+    ELSE
+        IF outcome IN ('refused', 'unreachable') THEN
+            PERFORM payoutq.open_circuit(target.provider, outcome, reason);
+        END IF;
+        UPDATE payoutq.transfer t
+           SET error = coalesce(reason, t.error),
+               run_after = clock_timestamp() + CASE outcome WHEN 'absent' THEN payoutq.quiet_period(t.provider) / 4
+                                                            ELSE payoutq.backoff(t.attempts) END
+         WHERE t.id = target.id;
+    END IF;
 END $$;
 
 CREATE OR REPLACE FUNCTION @extschema@.payout_maintain(max_rows integer DEFAULT 100000) RETURNS bigint
@@ -606,4 +687,4 @@ COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is fin
 
 -- As for all functions of the extension
 REVOKE ALL ON FUNCTION payoutq.require_current(bigint), payoutq.enter_challenge(bigint), payoutq.lock_challenge(bigint, boolean),
-    payoutq.locked_challenge(bigint, boolean) FROM PUBLIC;
+    payoutq.locked_challenge(bigint, boolean), payoutq.is_cancelled(bigint) FROM PUBLIC;

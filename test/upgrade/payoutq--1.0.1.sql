@@ -2120,6 +2120,17 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
                  payoutq.setting('payoutq.retry_base')::interval * 2 ^ least(failures - 1, 20)) * (0.5 + random() / 2)
 $$;
 
+-- Asked before a transfer is to be sent again: a cancellation of the job either is
+-- seen, or waits for us and then stops the transfer.
+CREATE FUNCTION payoutq.is_cancelled(job_id bigint) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    job_status text;
+BEGIN
+    SELECT j.status INTO job_status FROM payoutq.job j WHERE j.id = job_id FOR KEY SHARE;
+    RETURN job_status = 'cancelled';
+END $$;
+
 -- Waits as long as the provider asks for, else with backoff. An attempt that
 -- does not count leaves as many as there were.
 CREATE FUNCTION payoutq.fail_transfer(t payoutq.transfer, error_class text, reason text, wait interval, counts boolean) RETURNS text
@@ -2135,7 +2146,7 @@ DECLARE
                          ELSE 'retryable' END;
     next_try timestamptz := clock_timestamp() + coalesce(wait, payoutq.backoff(in_generation));
 BEGIN
-    IF outcome = 'retryable' AND EXISTS (SELECT FROM payoutq.job j WHERE j.id = t.job_id AND j.status = 'cancelled') THEN
+    IF outcome = 'retryable' AND payoutq.is_cancelled(t.job_id) THEN
         outcome := 'failed_terminal';
     END IF;
     reason := left(reason, 1000);
@@ -2517,7 +2528,7 @@ BEGIN
                     payoutq.open_circuit(target.provider, outcome, reason);
         WHEN 'unfunded' THEN
             PERFORM payoutq.open_circuit(target.provider, outcome, reason);
-            IF target.maybe_sent OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+            IF target.maybe_sent OR payoutq.is_cancelled(target.job_id) THEN
                 PERFORM payoutq.fail_transfer(target, CASE WHEN target.maybe_sent THEN 'unknown' ELSE 'permanent' END, reason, NULL, true);
             ELSE
                 -- A definite rejection, which the provider would repeat under the old key
@@ -2640,7 +2651,7 @@ BEGIN
         PERFORM payoutq.mark_sent(target, reference);
     ELSIF outcome = 'absent' AND NOT answered AND clock_timestamp() > quiet_since + payoutq.quiet_period(target.provider) THEN
         IF lost_keys >= payoutq.setting('payoutq.max_attempts')::integer
-           OR EXISTS (SELECT FROM payoutq.job j WHERE j.id = target.job_id AND j.status = 'cancelled') THEN
+           OR payoutq.is_cancelled(target.job_id) THEN
             UPDATE payoutq.transfer t
                SET status = 'failed_terminal', settlements = settlements + 1, updated_at = clock_timestamp()
              WHERE t.id = target.id;
