@@ -56,7 +56,10 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
 		"   AND origin = $5 AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
 		"        (SELECT b.run_after FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'pending'"
-		"          ORDER BY b.run_after LIMIT 1), true))"
+		"          ORDER BY b.run_after LIMIT 1),"
+		/* Transfers that are under way may be so for days. */
+		"        provider IS NULL OR total_winners ="
+		"        (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = job.id)))"
 		" ORDER BY priority DESC, id LIMIT $3",
 		5, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID, TEXTOID}, NULL
 	};
@@ -95,7 +98,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 
 /*
  * All jobs in the list are idle: is it full, so that others may not be?  Then
- * it is read again, without those of which all batches wait.
+ * it is read again, without those of which all batches, or the transfers, wait.
  */
 bool
 payoutq_list_due_jobs(void)

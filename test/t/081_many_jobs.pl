@@ -1,5 +1,5 @@
-# Thousands of jobs at once, also thousands that wait for another try: nobody is
-# forgotten, and a new job does not have to wait for them.
+# Thousands of jobs at once, also thousands that wait for another try or for
+# their transfers: nobody is forgotten, and a new job does not have to wait for them.
 
 use strict;
 use warnings;
@@ -61,6 +61,27 @@ $node->safe_psql('app', q{
 ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status <> 'completed'}, 0),
 	'all are completed when the cause is mended');
 paid_once_ok($node, 'app', 3, 'waiting jobs', times => $jobs, accounts => 'users');
+
+# As many of which all transfers are under way
+my $many = 1100;
+$node->safe_psql('app', q{
+	CREATE SERVER bank FOREIGN DATA WRAPPER payout_provider OPTIONS (kind 'external');
+	SELECT payout_set_destination('u1', 'bank', 'x')});
+$node->safe_psql('app', qq{
+	SELECT count(payout_create_job('sent' || n, ARRAY['u1'], ARRAY[1::bigint], provider => 'bank'))
+	FROM generate_series(1, $many) n});
+ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_transfers', $many), 'all have their transfers');
+foreach my $priority (0, -1)
+{
+	my $new = create_job($node, 'app', "beside transfers $priority", 10, prefix => "beside$priority-",
+		args => "priority => $priority");
+	ok(wait_for_job($node, 'app', $new), "a new job of priority $priority is paid meanwhile");
+}
+$node->safe_psql('app', qq{SELECT count(payout_fail_transfer(id)) FROM payoutq.transfer});
+ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status <> 'completed'}, 0),
+	'all are completed when their transfers have ended');
+
+books_ok($node, 'app', 'at the end');
 is(worker_errors($node, 0), '', 'no complaint of a worker');
 
 $node->stop;
