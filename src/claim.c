@@ -201,7 +201,7 @@ payoutq_claim(ActiveJob *job, Claim *claim)
 		return WORK_BATCH;
 
 	/* Those that were locked when we passed them. */
-	if (job->position_batch_no > 0 &&
+	if (job->position_run_after != DT_NOBEGIN &&
 		claim_from(job, DT_NOBEGIN, 0, claim))
 		return WORK_BATCH;
 
