@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/pg_authid.h"
 #include "commands/dbcommands.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -52,6 +53,7 @@ static void attach(int slot, TimestampTz started);
 static void detach(int code, Datum arg);
 static void report_database(DatabaseState state, bool worked);
 static void prepare_session(void);
+static void remain_superuser(void);
 static void require_extension(void);
 static void complain_once(void);
 static bool is_dispatcher(void);
@@ -220,12 +222,30 @@ prepare_session(void)
 			 payoutq_my_slot->dispatcher ? " (dispatcher)" :
 			 payoutq_my_slot->resident ? "" : " (helper)");
 	pgstat_report_appname(name);
+	remain_superuser();
 	SetConfigOption("default_transaction_read_only", "off", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("statement_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("idle_in_transaction_session_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	payoutq_disable_transaction_timeout();
 	payoutq_engine_settings_for_process();
+}
+
+/*
+ * The settings of the database, or of the role that we are, may name another role
+ * for sessions.
+ */
+static void
+remain_superuser(void)
+{
+	if (GetSessionUserId() != BOOTSTRAP_SUPERUSERID)
+	{
+		StartTransactionCommand();
+		SetConfigOption("session_authorization", GetUserNameFromId(BOOTSTRAP_SUPERUSERID, false),
+						PGC_SUSET, PGC_S_OVERRIDE);
+		CommitTransactionCommand();
+	}
+	SetConfigOption("role", "none", PGC_SUSET, PGC_S_OVERRIDE);
 }
 
 /*

@@ -1,5 +1,6 @@
 # Settings that end long statements, transactions and waits: those that the server,
-# the database or a role has are not for workers; a session's own are obeyed.
+# the database or a role has are not for workers; a session's own are obeyed.  Nor
+# does a worker become the role that a database gives to its sessions.
 
 use strict;
 use warnings;
@@ -71,6 +72,26 @@ like($error, qr/canceling statement due to statement timeout/, q(a session's sta
 is($node->safe_psql('app', q{
 		SELECT (SELECT count(*) FROM payout_jobs WHERE reference IN ('many', 'reference')), (SELECT count(*) FROM payoutq.entry)}),
 	'0|11', 'which leaves nothing');
+
+# ---------------------------------------------------------------------------
+# The role of a database, or of whom a worker is
+# ---------------------------------------------------------------------------
+
+my $offset = -s $node->logfile;
+my $me = $node->safe_psql('postgres', 'CREATE ROLE nobody; SELECT current_user');
+foreach my $setting ('DATABASE app SET role', "ROLE $me IN DATABASE app SET role", 'DATABASE app SET session_authorization')
+{
+	local $ENV{PGOPTIONS} = "$ENV{PGOPTIONS} -c role=none -c session_authorization=$me";
+	$node->safe_psql('postgres', "ALTER $setting = 'nobody'");
+	$node->safe_psql('app', 'SELECT payout_stop_workers()');
+	wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0);
+	$node->safe_psql('app', 'SELECT payout_start_worker()');
+	$job = $node->safe_psql('app', qq{
+		SELECT payout_create_job('$setting', ARRAY['u1'], ARRAY[1])});
+	ok(wait_for_job($node, 'app', $job), "paid after $setting");
+	$node->safe_psql('postgres', 'ALTER ' . ($setting =~ s/SET/RESET/r));
+}
+is(worker_errors($node, $offset), '', 'no complaint of a worker');
 books_ok($node, 'app', 'at the end');
 
 $node->stop;
