@@ -80,6 +80,7 @@ payoutq_process(uint64 max_batches, int64 only_job)
 	static uint64 generation = 0;
 	MemoryContext caller = CurrentMemoryContext;
 	bool		just_refreshed = false;
+	bool		wake = !payoutq_is_worker || payoutq_shared == NULL;
 	uint64		batches = 0;
 
 	if (turn_context == NULL)
@@ -102,12 +103,12 @@ payoutq_process(uint64 max_batches, int64 only_job)
 		if ((job == NULL && !just_refreshed) || newest != generation ||
 			refreshed_for != only_job || now >= refresh_at)
 		{
-			/* A session was not woken, but called: it looks at every job. */
-			bool		woken = newest != generation ||
-				(!payoutq_is_worker && batches == 0);
+			/* Whom nobody wakes looks at every job, but once: there may be many. */
+			bool		woken = newest != generation || wake;
 
 			/* What comes in while we read is seen the next time. */
 			generation = newest;
+			wake = false;
 			refreshed_for = only_job;
 			just_refreshed = true;
 			if (!refresh(only_job, woken))

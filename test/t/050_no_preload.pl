@@ -76,6 +76,23 @@ $node->safe_psql('app', 'SELECT payout_start_worker()');
 ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 1), 'a worker by hand');
 my $third = create_job($node, 'app', 'third', 1000, prefix => 'third');
 ok(wait_for_job($node, 'app', $third), 'it finds a new job by itself');
+
+# Nobody tells it that a job is to be tried again, but it sees that.
+$node->append_conf('postgresql.conf', "payoutq.retry_base = '1h'\npayoutq.retry_cap = '1h'");
+$node->reload;
+$node->safe_psql('app', q{
+	CREATE TABLE users (user_id text PRIMARY KEY, balance bigint NOT NULL DEFAULT 0);
+	ALTER TABLE users OWNER TO clerk;
+	SELECT payout_bind_accounts('users', 'user_id', 'balance', 'COIN')});
+foreach my $again ('payout_trigger_job', 'payout_retry_job')
+{
+	$job = create_job($node, 'app', $again, 1, prefix => $again, args => "currency => 'COIN'");
+	ok(wait_for($node, 'app', "SELECT status FROM payout_batches WHERE job_id = $job", 'retryable'), 'nobody is there to be paid');
+	$node->safe_psql('app', qq{
+		INSERT INTO users VALUES ('${again}1');
+		SELECT $again($job)});
+	ok(wait_for_job($node, 'app', $job), "$again() tells the worker by hand");
+}
 is($node->safe_psql('app', 'SELECT payout_stop_workers()'), 1, 'it is stopped');
 ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 0), 'and leaves');
 
