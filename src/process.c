@@ -56,7 +56,7 @@ static MemoryContext turn_context = NULL;
 static bool begin_turn(EngineState *state);
 static bool refresh(int64 only_job, bool woken);
 static TimestampTz next_refresh(TimestampTz began);
-static bool serve(ActiveJob *job, bool *tried);
+static bool serve(ActiveJob *job, bool second, bool *tried);
 static bool pay(ActiveJob *job, const Claim *claim, EngineState *state);
 static bool begin_carefully(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried);
 static bool count_and_reclaim(ActiveJob *job, const Claim *claim, EngineState *state, bool *tried);
@@ -121,7 +121,7 @@ payoutq_process(uint64 max_batches, int64 only_job)
 			just_refreshed = false;
 			continue;
 		}
-		if (job == NULL || !serve(job, &tried))
+		if (job == NULL || !serve(job, batches == 1, &tried))
 			break;
 		if (tried)
 		{
@@ -176,9 +176,12 @@ next_refresh(TimestampTz began)
 												TimestampDifferenceMilliseconds(began, now)));
 }
 
-/* One turn for one job.  *tried: a batch of it was. */
+/*
+ * One turn for one job.  second: one batch was tried before, so that a helper could
+ * pay the next.  *tried: a batch of it was.
+ */
 static bool
-serve(ActiveJob *job, bool *tried)
+serve(ActiveJob *job, bool second, bool *tried)
 {
 	EngineState state;
 	Claim		claim;
@@ -189,6 +192,8 @@ serve(ActiveJob *job, bool *tried)
 	switch (payoutq_claim(job, &claim))
 	{
 		case WORK_BATCH:
+			if (second && payoutq_is_worker)
+				(void) payoutq_call_for_help(MyDatabaseId);
 			payoutq_worker_report(WORKER_WORKING, claim.job_id, claim.batch_no);
 			*tried = pay(job, &claim, &state);
 			break;

@@ -270,8 +270,6 @@ work(long *nap)
 	if (!known)
 		report_database(DATABASE_ACTIVE, true);
 	known = true;
-	if (batches > 1)
-		(void) payoutq_call_for_help(MyDatabaseId);
 
 	/* It may have been dropped since; this is another transaction. */
 	require_extension();

@@ -1,5 +1,5 @@
 # The number of workers follows payoutq.workers on reload, also in the middle of
-# a job.
+# a job, and another one helps as soon as there is more than one batch to pay.
 
 use strict;
 use warnings;
@@ -42,6 +42,19 @@ is(worker_errors($node, 0), '', 'no complaint of a worker');
 # With nothing left to do, one stays.
 ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 1),
 	'helpers leave when the work is done');
+
+# The second batch waits for an account.
+$node->append_conf('postgresql.conf', "payoutq.lock_timeout = '1h'");
+$node->reload;
+my $session = $node->background_psql('app');
+$session->query_safe("BEGIN; SELECT FROM payoutq.account WHERE user_id = 'u2' FOR UPDATE");
+$job = create_job($node, 'app', 'slow', 9, args => 'batch_size => 1');
+ok(wait_for($node, 'app', "SELECT completed_count FROM payout_job_status($job)", 8),
+	'a helper pays the others while the resident is at its second batch');
+is($node->safe_psql('app', qq{
+		SELECT count(*) FROM payout_workers WHERE job_id = $job AND batch_no = 2}), 1, 'which has not ended');
+$session->quit;
+ok(wait_for_job($node, 'app', $job), 'until that is paid too');
 
 $node->stop;
 done_testing();
