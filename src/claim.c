@@ -156,7 +156,7 @@ payoutq_next_job(TimestampTz now)
 
 		if (next && job->priority < next->priority)
 			break;
-		if (job->idle_until > now || payoutq_is_avoided(job->id, now))
+		if (job->idle_until > now || payoutq_avoided_until(job->id) > now)
 			continue;
 		if (next == NULL)
 			next = job;
@@ -364,6 +364,8 @@ payoutq_next_due(TimestampTz now)
 	{
 		TimestampTz until = Max(jobs[i].idle_until, now);
 
+		if (until == now)
+			until = Max(payoutq_avoided_until(jobs[i].id), now);
 		if (due == 0 || until < due)
 			due = until;
 	}

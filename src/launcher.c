@@ -480,6 +480,7 @@ payoutq_start_worker_sql(PG_FUNCTION_ARGS pg_attribute_unused())
 			slot->failures = 0;
 			slot->start_after = 0;
 			memset(slot->avoided, 0, sizeof(slot->avoided));
+			(void) payoutq_set_latches(MyDatabaseId);
 		}
 		LWLockRelease(payoutq_shared->lock);
 		payoutq_wake_launcher();

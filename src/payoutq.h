@@ -142,6 +142,7 @@ typedef struct WorkerSlot
 	bool		yield;			/* unless there is room for others no more */
 	int			pid;
 	int			proc;			/* index in ProcGlobal->allProcs */
+	int64		serves;			/* 0, or the job whose turn it is */
 	int64		job_id;
 	int32		batch_no;
 	TimestampTz since;
@@ -181,7 +182,8 @@ extern void payoutq_worker_report(WorkerState state, int64 job_id,
 								  int32 batch_no);
 extern void payoutq_worker_count(int64 entries);
 extern void payoutq_worker_error(const char *message);
-extern bool payoutq_is_avoided(int64 job_id, TimestampTz now);
+extern void payoutq_worker_serves(int64 job_id);
+extern TimestampTz payoutq_avoided_until(int64 job_id);
 extern WorkerSlot *payoutq_my_slot;
 
 /* launcher.c */

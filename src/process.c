@@ -189,6 +189,7 @@ serve(ActiveJob *job, bool second, bool *tried)
 	if (!begin_turn(&state))
 		return false;
 
+	payoutq_worker_serves(job->id);
 	switch (payoutq_claim(job, &claim))
 	{
 		case WORK_BATCH:
@@ -218,6 +219,7 @@ serve(ActiveJob *job, bool second, bool *tried)
 	}
 
 	payoutq_turn_end(&state);
+	payoutq_worker_serves(0);
 	return true;
 }
 

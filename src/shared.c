@@ -438,21 +438,30 @@ payoutq_worker_error(const char *message)
 		strlcpy(payoutq_my_slot->last_error, message, PAYOUTQ_ERROR_LENGTH);
 }
 
-/* The others go first for a while. */
-bool
-payoutq_is_avoided(int64 job_id, TimestampTz now)
+/* Should we fail, it may be the job's fault. */
+void
+payoutq_worker_serves(int64 job_id)
+{
+	if (payoutq_my_slot)
+		payoutq_my_slot->serves = job_id;
+}
+
+/* Until then the others go first; 0: they do not. */
+TimestampTz
+payoutq_avoided_until(int64 job_id)
 {
 	DatabaseSlot *slot;
-	bool		avoided = false;
+	TimestampTz until = 0;
 
 	if (payoutq_my_slot == NULL)
-		return false;
+		return 0;
 	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
 	slot = payoutq_database_slot(MyDatabaseId, false);
 	for (int i = 0; slot && i < PAYOUTQ_AVOIDED; i++)
-		avoided |= slot->avoided[i].job_id == job_id && slot->avoided[i].until > now;
+		if (slot->avoided[i].job_id == job_id)
+			until = Max(until, slot->avoided[i].until);
 	LWLockRelease(payoutq_shared->lock);
-	return avoided;
+	return until;
 }
 
 Datum

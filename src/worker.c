@@ -177,7 +177,7 @@ detach(int code, Datum arg pg_attribute_unused())
 		database->start_after = TimestampTzPlusMilliseconds(now, seconds * INT64CONST(1000));
 
 		/* Should it be the job's fault, the next worker begins with others. */
-		avoided->job_id = payoutq_my_slot->job_id;
+		avoided->job_id = payoutq_my_slot->serves;
 		avoided->until = TimestampTzPlusMilliseconds(database->start_after,
 													 2 * seconds * INT64CONST(1000));
 	}
