@@ -3,11 +3,11 @@
  *		Which job is served next, and which of its batches.
  *
  * Each process keeps a short list of the jobs that have work: higher priority
- * first, and among equals one batch each in turn, so that a job of ten million
- * does not hold up a job of ten.  The batches of a job are taken in the order in
- * which they are due.  The process remembers the position up to which it has
- * looked; a claim starts there, and so never walks over the batches that are
- * done, nor over their dead index entries.
+ * first, and among equals one batch each in turn, the one first that waits for
+ * longest, so that a job of ten million does not hold up a job of ten.  The
+ * batches of a job are taken in the order in which they are due.  The process
+ * remembers the position up to which it has looked; a claim starts there, and so
+ * never walks over the batches that are done, nor over their dead index entries.
  */
 #include "postgres.h"
 
@@ -37,7 +37,7 @@
 
 static ActiveJob *jobs = NULL;	/* in order of priority DESC, id */
 static int	job_count = 0;
-static int64 last_served = 0;
+static int64 turns = 0;
 static TimestampTz due_only_until = 0;
 
 static void read_job(ActiveJob *job, int row);
@@ -84,6 +84,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 			continue;
 		fresh[i].position_run_after = before->position_run_after;
 		fresh[i].position_batch_no = before->position_batch_no;
+		fresh[i].served = before->served;
 		fresh[i].careful = before->careful;
 		fresh[i].failing = before->failing;
 		if (!woken)
@@ -125,6 +126,9 @@ read_job(ActiveJob *job, int row)
 	strlcpy(job->provider, payoutq_result_cstring(row, 7), NAMEDATALEN);
 	job->position_run_after = DT_NOBEGIN;
 	job->careful = CAREFUL_BATCHES;
+
+	/* It comes last: if many come, the others must not wait for all of them. */
+	job->served = turns;
 }
 
 /* Both lists are in the same order, so one pass finds all. */
@@ -156,15 +160,11 @@ payoutq_next_job(TimestampTz now)
 
 		if (next && job->priority < next->priority)
 			break;
+		if (next && job->served >= next->served)
+			continue;
 		if (job->idle_until > now || payoutq_avoided_until(job->id) > now)
 			continue;
-		if (next == NULL)
-			next = job;
-		if (job->id > last_served)
-		{
-			next = job;
-			break;
-		}
+		next = job;
 	}
 
 	return next;
@@ -183,7 +183,7 @@ payoutq_leave_alone(ActiveJob *job, int milliseconds)
 JobWork
 payoutq_claim(ActiveJob *job, Claim *claim)
 {
-	last_served = job->id;
+	job->served = ++turns;
 	if (!payoutq_lock_job(job->id, ShareLock, false))
 	{
 		payoutq_leave_alone(job, LOCKED_JOB_WAIT_MS);

@@ -272,6 +272,7 @@ typedef struct ActiveJob
 	char		provider[NAMEDATALEN];	/* or empty */
 	TimestampTz position_run_after; /* batches up to here were looked at */
 	int32		position_batch_no;
+	int64		served;			/* when it had its last turn, in turns of this process */
 	int			careful;		/* batches to be counted before they are tried */
 	Failing		failing;
 	TimestampTz idle_until;		/* nothing to do before */

@@ -1,7 +1,7 @@
 -- CALL payout_process(): how much it does, of which job, in which order; and
 -- whole jobs from creation to completion, as in the requirements.
 \ir fresh.psql
-SELECT plan(59);
+SELECT plan(63);
 
 -- The progress of all jobs: reference status processed
 CREATE FUNCTION pg_temp.jobs() RETURNS text LANGUAGE sql AS $$
@@ -262,6 +262,40 @@ REASSIGN OWNED BY payoutq_test_deferrer TO CURRENT_USER;
 DROP OWNED BY payoutq_test_deferrer;
 SELECT payout_revoke('payoutq_test_deferrer') \g /dev/null
 DROP ROLE payoutq_test_deferrer;
+
+-- ---------------------------------------------------------------------------
+-- Turns of equals
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION pg_temp.paid() RETURNS text LANGUAGE sql AS $$
+    SELECT string_agg(concat_ws(' ', reference, processed_winners), ', ' ORDER BY job_id) FROM payout_jobs WHERE reference ~ '^equal'
+$$;
+SELECT payout_create_job('equal' || j, users, amounts, batch_size => 1)
+  FROM (SELECT array_agg('t' || i) AS users, array_agg(i::bigint) AS amounts FROM generate_series(1, 100) i) a,
+       generate_series(1, 2) j \g /dev/null
+DO $$
+BEGIN
+    FOR i IN 1..40 LOOP
+        PERFORM payout_create_job('urgent' || i, ARRAY['a'], ARRAY[1], priority => 1);
+        COMMIT;
+        CALL payout_process(2);
+    END LOOP;
+END $$;
+SELECT is(pg_temp.paid(), 'equal1 20, equal2 20', 'equals take turns beside small jobs of higher priority');
+DO $$
+BEGIN
+    FOR i IN 1..40 LOOP
+        PERFORM payout_create_job('small' || i, ARRAY['a'], ARRAY[1]);
+        COMMIT;
+        CALL payout_process(2);
+    END LOOP;
+END $$;
+SELECT cmp_ok((SELECT min(processed_winners) FROM payout_jobs WHERE reference ~ '^equal')::int, '>=', 35,
+    'and are not held up by new equals');
+SELECT cmp_ok((SELECT count(*) FROM payout_jobs WHERE reference ~ '^small' AND status = 'completed')::int, '>=', 20,
+    'which have their turns');
+CALL payout_process();
+SELECT is(pg_temp.paid(), 'equal1 100, equal2 100', 'all are paid in the end');
 
 SELECT is_empty('SELECT * FROM payout_verify() WHERE NOT ok', 'the books balance');
 DROP EXTENSION payoutq;
