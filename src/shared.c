@@ -5,7 +5,8 @@
  * All of SharedState but the condition variable is guarded by its LWLock, which
  * is never held over anything slow.  A worker's slot is given to it by the
  * launcher and taken back at its exit under the lock; in between the worker
- * reports what it does without it, for a view that may be a moment behind.
+ * reports what it does without it, for a view that may be a moment behind; its
+ * last error only under the lock.
  * Processes are named by their index in ProcGlobal, never by a pointer.
  *
  * Without preload there is none of this: payoutq_shared is NULL, nobody can be
@@ -18,6 +19,7 @@
 #include "access/xact.h"
 #include "commands/dbcommands.h"
 #include "funcapi.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
 #include "pgstat.h"
@@ -434,8 +436,15 @@ payoutq_worker_count(int64 entries)
 void
 payoutq_worker_error(const char *message)
 {
-	if (payoutq_my_slot)
-		strlcpy(payoutq_my_slot->last_error, message, PAYOUTQ_ERROR_LENGTH);
+	int			length = pg_mbcliplen(message, strlen(message), PAYOUTQ_ERROR_LENGTH - 1);
+
+	if (payoutq_my_slot == NULL)
+		return;
+
+	/* Half of one and half of another message may be no text. */
+	LWLockAcquire(payoutq_shared->lock, LW_EXCLUSIVE);
+	strlcpy(payoutq_my_slot->last_error, message, length + 1);
+	LWLockRelease(payoutq_shared->lock);
 }
 
 /* Should we fail, it may be the job's fault. */

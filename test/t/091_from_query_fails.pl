@@ -62,6 +62,19 @@ my ($code, $out, $error) = $node->psql('app', q{
 	SELECT payout_create_job_from('temporary', 'SELECT user_id, amount FROM winners')});
 isnt($code, 0, 'refused at creation: a temporary table, which hides another');
 
+# A long message is not cut within a character.
+$node->append_conf('postgresql.conf', 'payoutq.workers = 1');
+$node->reload;
+ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 1), 'one worker');
+$node->safe_psql('app', q{
+	CREATE FUNCTION long_message() RETURNS bigint LANGUAGE plpgsql AS
+		$$ BEGIN RAISE EXCEPTION '%', repeat(U&'\00E9', 300); END $$});
+$job = $node->safe_psql('app', q{
+	SELECT payout_create_job_from('long message', $$SELECT 'a' AS user_id, long_message() AS amount$$)});
+ok(wait_for_job($node, 'app', $job, 'failed'), 'an error with a long message fails the job');
+is($node->safe_psql('app', 'SELECT octet_length(last_error) FROM payout_workers'),
+	2 * 99, 'payout_workers shows the beginning, in whole characters');
+
 $node->stop;
 done_testing();
 
