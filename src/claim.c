@@ -54,12 +54,17 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 		"       coalesce(provider, '')"
 		"  FROM payoutq.job"
 		" WHERE status IN ('queued', 'running') AND run_at <= $1 AND ($2 = 0 OR id = $2)"
-		"   AND origin = $5 AND (NOT $4 OR total_winners IS NULL OR coalesce($1 >="
+		"   AND origin = $5 AND (NOT $4 OR CASE WHEN total_winners IS NULL THEN"
+		/* One of them at a time is expanded. */
+		"        id = ANY (ARRAY(SELECT j.id FROM payoutq.job j WHERE j.status IN ('queued', 'running')"
+		"                           AND j.run_at <= $1 AND j.origin = $5 AND j.total_winners IS NULL"
+		"                         ORDER BY j.priority DESC, j.id LIMIT 10))"
+		"        ELSE coalesce($1 >="
 		"        (SELECT b.run_after FROM payoutq.batch b WHERE b.job_id = job.id AND b.status = 'pending'"
 		"          ORDER BY b.run_after LIMIT 1),"
 		/* Transfers that are under way may be so for days. */
 		"        provider IS NULL OR total_winners ="
-		"        (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = job.id)))"
+		"        (SELECT sum(c.completed + c.failed) FROM payoutq.counts c WHERE c.job_id = job.id)) END)"
 		" ORDER BY priority DESC, id LIMIT $3",
 		5, {TIMESTAMPTZOID, INT8OID, INT4OID, BOOLOID, TEXTOID}, NULL
 	};

@@ -1,5 +1,6 @@
-# Thousands of jobs at once, also thousands that wait for another try or for
-# their transfers: nobody is forgotten, and a new job does not have to wait for them.
+# Thousands of jobs at once, also thousands that wait for another try, for their
+# transfers or for a query: nobody is forgotten, and a new job does not have to wait
+# for them.
 
 use strict;
 use warnings;
@@ -81,6 +82,23 @@ $node->safe_psql('app', qq{SELECT count(payout_fail_transfer(id)) FROM payoutq.t
 ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status <> 'completed'}, 0),
 	'all are completed when their transfers have ended');
 
+# As many that wait for the query of one of them
+$node->append_conf('postgresql.conf', "payoutq.lock_timeout = '1h'");
+$node->reload;
+my $holder = $node->background_psql('app');
+$holder->query_safe('SELECT pg_advisory_lock(1)');
+$node->safe_psql('app', qq{
+	SELECT count(payout_create_job_from('query' || n,
+		\$\$SELECT 'u1' AS user_id, 1 AS amount FROM pg_advisory_xact_lock_shared(1)\$\$))
+	FROM generate_series(1, $many) n});
+ok( wait_for($node, 'app', q{
+		SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'payoutq worker' AND wait_event_type = 'Lock'}, 1),
+	'a query waits');
+my $new = create_job($node, 'app', 'beside queries', 10, prefix => 'beside-query-');
+ok(wait_for_job($node, 'app', $new), 'a new job is paid meanwhile');
+$holder->quit;
+ok(wait_for($node, 'app', q{SELECT count(*) FROM payout_jobs WHERE status <> 'completed'}, 0),
+	'all are completed when the query has ended');
 books_ok($node, 'app', 'at the end');
 is(worker_errors($node, 0), '', 'no complaint of a worker');
 
