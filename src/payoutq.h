@@ -172,6 +172,7 @@ extern void payoutq_wake_workers(Oid database);
 extern void payoutq_wake_launcher(void);
 extern DatabaseSlot *payoutq_database_slot(Oid database, bool create);
 extern bool payoutq_set_latches(Oid database);
+extern bool payoutq_runs_query(Oid database);
 extern int	payoutq_signal_workers(Oid database);
 extern void payoutq_count_workers(Oid database, int *residents, int *helpers);
 extern uint64 payoutq_wake_generation(Oid database);

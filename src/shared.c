@@ -241,8 +241,9 @@ payoutq_wake_workers(Oid database)
 			payoutq_shared->rescan = true;
 		slot->wanted = true;
 		slot->generation++;
+		slot->help |= payoutq_runs_query(database);
 	}
-	if (!payoutq_set_latches(database))
+	if (!payoutq_set_latches(database) || (slot && slot->help))
 		set_latch_of(payoutq_shared->launcher_proc);
 	LWLockRelease(payoutq_shared->lock);
 }
@@ -264,6 +265,20 @@ payoutq_set_latches(Oid database)
 			set_latch_of(worker->proc);
 	}
 	return found;
+}
+
+/* With the lock held.  Whoever is at the query of a job hears nothing meanwhile. */
+bool
+payoutq_runs_query(Oid database)
+{
+	for (int i = 0; i < PAYOUTQ_SLOTS; i++)
+	{
+		WorkerSlot *worker = &payoutq_shared->workers[i];
+
+		if (worker->state == WORKER_WORKING && worker->database == database && worker->batch_no == 0)
+			return true;
+	}
+	return false;
 }
 
 void

@@ -36,7 +36,7 @@
 /* After a failure, from a second up to a minute until the next start. */
 #define MAX_BACKOFF_S		60
 
-/* A helper leaves after so long without work. */
+/* A helper leaves after so long without work, unless another is at a query. */
 #define HELPER_PATIENCE_MS	5000
 #define DISPATCHER_PATIENCE_MS	60000
 
@@ -378,6 +378,7 @@ static bool
 is_superfluous(TimestampTz worked_at)
 {
 	bool		unwanted;
+	bool		querying;
 	int			residents;
 	int			helpers;
 
@@ -386,6 +387,7 @@ is_superfluous(TimestampTz worked_at)
 
 	LWLockAcquire(payoutq_shared->lock, LW_SHARED);
 	unwanted = payoutq_database_slot(MyDatabaseId, false) == NULL;
+	querying = payoutq_runs_query(MyDatabaseId);
 	payoutq_count_workers(MyDatabaseId, &residents, &helpers);
 	LWLockRelease(payoutq_shared->lock);
 
@@ -393,7 +395,7 @@ is_superfluous(TimestampTz worked_at)
 		return true;
 	return !payoutq_my_slot->resident && !payoutq_my_slot->dispatcher &&
 		(residents + helpers > payoutq_workers ||
-		 TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS));
+		 (!querying && TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS)));
 }
 
 static void

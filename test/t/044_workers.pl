@@ -56,5 +56,24 @@ is($node->safe_psql('app', qq{
 $session->quit;
 ok(wait_for_job($node, 'app', $job), 'until that is paid too');
 
+# A query that lasts: there is always somebody else to pay.
+ok(wait_for($node, 'app', 'SELECT count(*) FROM payout_workers', 1), 'the helpers leave again');
+$session = $node->background_psql('app');
+$session->query_safe('SELECT pg_advisory_lock(1)');
+my $query = $node->safe_psql('app', q{
+	SELECT payout_create_job_from('query', $$SELECT 'q' AS user_id, 1 AS amount FROM pg_advisory_xact_lock_shared(1)$$)});
+my $at_query = "FROM payout_workers WHERE job_id = $query";
+ok(wait_for($node, 'app', "SELECT count(*) $at_query", 1), 'a worker is at a query');
+my $others = q{FROM pg_stat_activity WHERE backend_type = 'payoutq worker' AND datname = 'app'
+	AND wait_event_type IS DISTINCT FROM 'Lock'};
+ok(wait_for($node, 'app', "SELECT count(*) > 0 AND bool_or(clock_timestamp() - backend_start > '7 s') $others"),
+	'a helper waits with it for longer than it would alone');
+$node->safe_psql('app', "SELECT pg_terminate_backend(pid, 60000) $others");
+$job = create_job($node, 'app', 'beside a query', 10, prefix => 'beside');
+ok(wait_for_job($node, 'app', $job), 'and one comes again when there is work');
+is($node->safe_psql('app', "SELECT count(*) $at_query"), 1, 'during the query');
+$session->quit;
+ok(wait_for_job($node, 'app', $query), 'which ends');
+
 $node->stop;
 done_testing();
