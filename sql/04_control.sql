@@ -55,12 +55,20 @@ BEGIN
     UPDATE payoutq.job SET status = 'cancelled', completed_at = clock_timestamp(), error = reason
      WHERE id = target.id;
     PERFORM payoutq.announce(target.id, 'cancelled');
-
-    -- Whoever still runs its query need not finish it.
-    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = target.id AND w.batch_no = 0;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
 'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';
+
+-- Whoever still runs its query need not finish it. At the commit, because the job
+-- is not cancelled before.
+CREATE FUNCTION payoutq.cancel_query() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = NEW.id AND w.batch_no = 0;
+    RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER cancel_query AFTER UPDATE ON payoutq.job DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.status = 'cancelled' AND OLD.status <> 'cancelled') EXECUTE FUNCTION payoutq.cancel_query();
 
 CREATE FUNCTION @extschema@.payout_retry_job(job_id bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -40,6 +40,33 @@ $node->safe_psql('app', $release);
 ok(wait_for_job($node, 'app', $job, 'completed', 30), 'stopped: then the job is paid');
 paid_once_ok($node, 'app', 5000, 'stopped', prefix => 'stopped');
 
+# Its cancellation is taken back, more often than it may be tried: nothing has
+# happened, and the query goes on.  Committed, it ends the query.
+$node->safe_psql('app', $hold);
+$job = create('kept');
+ok(worker_is_held($job), 'the query is run');
+my $pid = held_pid();
+foreach my $n (1 .. 5)
+{
+	ok(worker_is_held($job), "the query is being run, $n") or last;
+	my $session = $node->background_psql('app');
+	$session->query_safe("BEGIN; SAVEPOINT before; SELECT payout_cancel_job($job)");
+	$session->query_safe($n % 2 ? 'ROLLBACK' : 'ROLLBACK TO before; COMMIT');
+	$session->quit;
+}
+is(held_pid(), $pid, 'kept: it is the same attempt');
+$node->safe_psql('app', $release);
+ok(wait_for_job($node, 'app', $job), 'kept: the job is paid');
+paid_once_ok($node, 'app', 5000, 'kept', prefix => 'kept');
+
+$node->safe_psql('app', $hold);
+$job = create('cancelled');
+ok(worker_is_held($job), 'the query is run');
+$node->safe_psql('app', "SELECT payout_cancel_job($job)");
+ok(wait_for($node, 'app', 'SELECT NOT ' . held()), 'cancelled: the query ends');
+nothing_is_left($job, 'cancelled');
+$node->safe_psql('app', $release);
+
 # Killed, once
 $node->safe_psql('app', $hold);
 $job = create('once');
@@ -100,12 +127,17 @@ sub held_pid
 		WHERE backend_type = 'payoutq worker' AND wait_event = 'advisory'});
 }
 
+sub held
+{
+	return q{EXISTS (SELECT FROM pg_stat_activity
+		WHERE backend_type = 'payoutq worker' AND wait_event = 'advisory')};
+}
+
 # True when a worker waits for our lock, false when the job has ended.
 sub worker_is_held
 {
 	my ($job) = @_;
-	my $held = q{EXISTS (SELECT FROM pg_stat_activity
-		WHERE backend_type = 'payoutq worker' AND wait_event = 'advisory')};
+	my $held = held();
 	wait_for($node, 'app', "SELECT $held OR status = 'failed' FROM payout_job_status($job)");
 	return $node->safe_psql('app', "SELECT $held") eq 't';
 }
