@@ -85,10 +85,11 @@ RETURNS TABLE (pid integer, state text, job_id bigint, batch_no integer, since t
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_worker_slots';
 COMMENT ON FUNCTION payoutq.worker_slots() IS 'workers of this database in shared memory; none without preload';
 
+-- Nothing is cut: a reference has 1000 bytes at the most, a payload 8000.
 CREATE FUNCTION payoutq.announce(job_id bigint, event text) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT pg_notify('payoutq_jobs',
-                     json_build_object('event', event, 'job_id', j.id, 'reference', left(j.reference, 500),
+                     json_build_object('event', event, 'job_id', j.id, 'reference', j.reference,
                                        'status', j.status)::text),
            payoutq.tell_waiters()
       FROM payoutq.job j WHERE j.id = announce.job_id

@@ -68,5 +68,26 @@ is_deeply(
 	'each event is heard once') or diag($heard);
 
 $listener->quit;
+
+# The whole reference, however long: cut anywhere, it may be cut inside of a
+# character, which the server does not know of in this encoding.
+$node->safe_psql('postgres', q(CREATE DATABASE bytes ENCODING 'SQL_ASCII' TEMPLATE template0));
+$node->safe_psql('bytes', 'CREATE EXTENSION payoutq');
+{
+	local $ENV{PGCLIENTENCODING} = 'UTF8';
+	$listener = $node->background_psql('bytes');
+}
+$listener->query_safe('LISTEN payoutq_jobs');
+$node->safe_psql('bytes', q{
+	SELECT payout_cancel_job(payout_create_job('x' || repeat(E'\303\251', 499), ARRAY['u1'], ARRAY[1::bigint], run_at => 'infinity'));
+	SELECT payout_cancel_job(payout_create_job(repeat(E'\001', 1000), ARRAY['u1'], ARRAY[1::bigint], run_at => 'infinity'));
+	NOTIFY payoutq_jobs, 'end of test'});
+$heard = '';
+$end = time() + $PostgreSQL::Test::Utils::timeout_default;
+$heard .= $listener->query_safe('SELECT 1') while $heard !~ /end of test/ && time() < $end;
+like($heard, qr/"x(\303\251){499}"/, 'a long reference');
+like($heard, qr/"(\\u0001){1000}"/, 'even one that is longer when it is written as JSON');
+
+$listener->quit;
 $node->stop;
 done_testing();
