@@ -8,6 +8,15 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_require_current';
 COMMENT ON FUNCTION payoutq.require_current(bigint) IS
 '40001 if the transaction''s snapshot does not show the failures and transfers of the locked job as they are now';
 
+CREATE OR REPLACE FUNCTION payoutq.announce(job_id bigint, event text) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT pg_notify('payoutq_jobs',
+                     json_build_object('event', event, 'job_id', j.id, 'reference', j.reference,
+                                       'status', j.status)::text),
+           payoutq.tell_waiters()
+      FROM payoutq.job j WHERE j.id = announce.job_id
+$$;
+
 CREATE OR REPLACE FUNCTION @extschema@.payout_preview_job(
     reference text, user_ids text[], amounts bigint[], total_pool bigint DEFAULT NULL, platform_fee bigint DEFAULT 0,
     challenge_id bigint DEFAULT NULL, currency text DEFAULT 'USD', priority integer DEFAULT 0,
@@ -94,9 +103,13 @@ BEGIN
     UPDATE payoutq.job SET status = 'cancelled', completed_at = clock_timestamp(), error = reason
      WHERE id = target.id;
     PERFORM payoutq.announce(target.id, 'cancelled');
+END $$;
 
-    -- Whoever still runs its query need not finish it.
-    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = target.id AND w.batch_no = 0;
+CREATE FUNCTION payoutq.cancel_query() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = NEW.id AND w.batch_no = 0;
+    RETURN NULL;
 END $$;
 
 CREATE OR REPLACE FUNCTION @extschema@.payout_retry_job(job_id bigint) RETURNS bigint
@@ -685,6 +698,9 @@ COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished 
 
 COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or that is more than 100 years';
 
+CREATE CONSTRAINT TRIGGER cancel_query AFTER UPDATE ON payoutq.job DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.status = 'cancelled' AND OLD.status <> 'cancelled') EXECUTE FUNCTION payoutq.cancel_query();
+
 -- As for all functions of the extension
 REVOKE ALL ON FUNCTION payoutq.require_current(bigint), payoutq.enter_challenge(bigint), payoutq.lock_challenge(bigint, boolean),
-    payoutq.locked_challenge(bigint, boolean), payoutq.is_cancelled(bigint) FROM PUBLIC;
+    payoutq.locked_challenge(bigint, boolean), payoutq.is_cancelled(bigint), payoutq.cancel_query() FROM PUBLIC;

@@ -285,10 +285,11 @@ RETURNS TABLE (pid integer, state text, job_id bigint, batch_no integer, since t
 LANGUAGE C AS 'MODULE_PATHNAME', 'payoutq_worker_slots';
 COMMENT ON FUNCTION payoutq.worker_slots() IS 'workers of this database in shared memory; none without preload';
 
+-- Nothing is cut: a reference has 1000 bytes at the most, a payload 8000.
 CREATE FUNCTION payoutq.announce(job_id bigint, event text) RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     SELECT pg_notify('payoutq_jobs',
-                     json_build_object('event', event, 'job_id', j.id, 'reference', left(j.reference, 500),
+                     json_build_object('event', event, 'job_id', j.id, 'reference', j.reference,
                                        'status', j.status)::text),
            payoutq.tell_waiters()
       FROM payoutq.job j WHERE j.id = announce.job_id
@@ -591,12 +592,20 @@ BEGIN
     UPDATE payoutq.job SET status = 'cancelled', completed_at = clock_timestamp(), error = reason
      WHERE id = target.id;
     PERFORM payoutq.announce(target.id, 'cancelled');
-
-    -- Whoever still runs its query need not finish it.
-    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = target.id AND w.batch_no = 0;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
 'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';
+
+-- Whoever still runs its query need not finish it. At the commit, because the job
+-- is not cancelled before.
+CREATE FUNCTION payoutq.cancel_query() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_cancel_backend(w.pid) FROM payoutq.workers() w WHERE w.job_id = NEW.id AND w.batch_no = 0;
+    RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER cancel_query AFTER UPDATE ON payoutq.job DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.status = 'cancelled' AND OLD.status <> 'cancelled') EXECUTE FUNCTION payoutq.cancel_query();
 
 CREATE FUNCTION @extschema@.payout_retry_job(job_id bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
