@@ -69,6 +69,7 @@ static void wait_for_another_try(const Claim *claim, const ErrorData *error);
 static void wait_or_fail(const Claim *claim, const ErrorData *error);
 static void fail_entries(const Claim *claim, int sqlstate, const char *message);
 static void count_attempt(void *arg);
+static bool take_back(const Claim *claim);
 static void take_counted_back(void *arg);
 static void take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused());
 static void bisect(const Claim *claim, const ErrorData *error);
@@ -274,11 +275,20 @@ payoutq_attempt_ended(void)
 	counted.job_id = 0;
 }
 
-/* Whoever has locked the batch meanwhile will record its outcome. */
 void
 payoutq_take_attempt_back(const Claim *claim)
 {
-	static EngineStatement take_back = {
+	(void) take_back(claim);
+}
+
+/*
+ * Whoever has locked the batch meanwhile will record its outcome.  False: the row
+ * of the job is locked, by whoever changes its state, and the count stays.
+ */
+static bool
+take_back(const Claim *claim)
+{
+	static EngineStatement take_batch_back = {
 		"UPDATE payoutq.batch SET crashes = crashes - 1"
 		" WHERE (job_id, batch_no) IN"
 		"       (SELECT job_id, batch_no FROM payoutq.batch"
@@ -293,29 +303,36 @@ payoutq_take_attempt_back(const Claim *claim)
 	};
 	Datum		values[] = {Int64GetDatum(claim->job_id),
 	Int32GetDatum(claim->batch_no)};
+	bool		is_query = claim->batch_no == QUERY_OF_JOB;
+	uint64		taken = payoutq_execute(is_query ? &take_query_back : &take_batch_back,
+										values, NULL, SPI_OK_UPDATE);
 
-	(void) payoutq_execute(claim->batch_no == QUERY_OF_JOB ? &take_query_back : &take_back,
-						   values, NULL, SPI_OK_UPDATE);
 	counted.job_id = 0;
+	return taken == 1 || !is_query;
 }
 
 /*
  * When the outcome cannot be recorded: false if the count cannot be taken back
- * either.  Then there is no room for another one, so this is the only one.
+ * either.  Then this is the only one: there is no room for another, or it would
+ * stay, too.
  */
 bool
 payoutq_forget_attempt(void)
 {
-	cannot_take_back = counted.job_id != 0 && payoutq_in_savepoint(take_counted_back, NULL) != NULL;
+	bool		taken = true;
+
+	cannot_take_back = counted.job_id != 0 &&
+		(payoutq_in_savepoint(take_counted_back, &taken) != NULL || !taken);
 	return !cannot_take_back;
 }
 
 static void
-take_counted_back(void *arg pg_attribute_unused())
+take_counted_back(void *arg)
 {
+	bool	   *taken = arg;
 	Claim		claim = counted;
 
-	payoutq_take_attempt_back(&claim);
+	*taken = take_back(&claim);
 }
 
 /*

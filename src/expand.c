@@ -257,6 +257,7 @@ payoutq_expand_job(ActiveJob *job, EngineState *state)
 				 errmsg("entries of job " INT64_FORMAT " were not written, and why could not be recorded: %s",
 						job->id, obstacle->message),
 				 obstacle->hint ? errhint("%s", obstacle->hint) : 0));
+		payoutq_attempt_counted(&attempt);	/* again: the savepoint has undone it */
 		if (!payoutq_forget_attempt())
 			job->careful = 0;
 	}

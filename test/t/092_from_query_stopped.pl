@@ -12,6 +12,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $node = start_node('main', conf => q(
+payoutq.workers = 1
 payoutq.lock_timeout = 1min
 payoutq.max_attempts = 3
 max_prepared_transactions = 1
@@ -98,17 +99,44 @@ $node->safe_psql('app', "SELECT payout_retry_job($job)");
 ok(wait_for_job($node, 'app', $job), 'retried, it is expanded and paid');
 paid_once_ok($node, 'app', 5000, 'always', prefix => 'always');
 
+# The job is being paused by somebody who takes his time, when its query is done,
+# and then he thinks better of it: that is no crash either.
+$node->safe_psql('app', q{
+	CREATE FUNCTION patient() RETURNS boolean LANGUAGE plpgsql SET lock_timeout = 0 AS
+		'BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN true; END'});
+$node->append_conf('postgresql.conf', 'payoutq.lock_timeout = 100ms');
+$node->reload;
+$node->safe_psql('app', $hold);
+$job = create('paused', 'patient()');
+foreach my $n (1 .. 5)
+{
+	ok(worker_is_held($job), "the query is run, $n") or last;
+	my $session = $node->background_psql('app');
+	$session->query_safe("BEGIN; SELECT payout_pause_job($job)");
+	my $offset = -s $node->logfile;
+	$node->safe_psql('app', $release);
+	ok($node->wait_for_log(qr/entries of job $job were not written, and why could not be recorded/, $offset), "$n: it cannot be recorded");
+	$node->safe_psql('app', $hold);
+	$session->query_safe('ROLLBACK');
+	$session->quit;
+	$node->safe_psql('app', "SELECT payout_trigger_job($job)");
+}
+$node->safe_psql('app', $release);
+ok(wait_for_job($node, 'app', $job), 'paused: in the end the job is paid');
+paid_once_ok($node, 'app', 5000, 'paused', prefix => 'paused');
+
 $node->stop;
 done_testing();
 
 sub create
 {
-	my ($name) = @_;
+	my ($name, $waits) = @_;
+	$waits //= 'pg_advisory_xact_lock_shared(7) IS NOT NULL';
 	return $node->safe_psql('app', qq{
 		SELECT payout_create_job_from('$name',
 			'SELECT ''$name'' || i AS user_id, i::bigint AS amount
 			 FROM generate_series(1, 5000) i
-			 WHERE i < 4000 OR pg_advisory_xact_lock_shared(7) IS NOT NULL')});
+			 WHERE i < 4000 OR $waits')});
 }
 
 sub nothing_is_left
