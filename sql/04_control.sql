@@ -57,7 +57,7 @@ BEGIN
     PERFORM payoutq.announce(target.id, 'cancelled');
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
-'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';
+'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 40001, 42704, 55000';
 
 -- Whoever still runs its query need not finish it. At the commit, because the job
 -- is not cancelled before.
@@ -122,7 +122,7 @@ BEGIN
     RETURN queued;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_retry_job(bigint) IS
-'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 42704, 55000';
+'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 40001, 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_trigger_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -141,4 +141,4 @@ BEGIN
     PERFORM payoutq.wake();
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_trigger_job(bigint) IS
-'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 42704, 55000';
+'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 40001, 42704, 55000';

@@ -84,6 +84,8 @@ END $$;
 -- whoever wants the row for himself waits for him, and those who come later behind.
 CREATE FUNCTION payoutq.enter_challenge(challenge_id bigint) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_enter_challenge_sql';
+COMMENT ON FUNCTION payoutq.enter_challenge(bigint) IS
+'waits for those who wait to lock the challenge''s row for themselves, and has others wait until the transaction ends';
 CREATE FUNCTION payoutq.lock_challenge(challenge_id bigint, stays boolean) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_challenge_sql';
 COMMENT ON FUNCTION payoutq.lock_challenge(bigint, boolean) IS

@@ -96,8 +96,8 @@ DECLARE
                             AS t (name, schedule) USING (name)
                       WHERE t.schedule IS NOT NULL);
 BEGIN
-    -- At once, as each call is a transaction in another database. Some other one
-    -- may be choosing the same names.
+    -- In one call: each may be a transaction of its own, in another database. The
+    -- lock, because another database may be choosing the same names.
     RETURN payoutq.execute_in_cron(format($sql$
         LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.unschedule(j.jobid)) FROM cron.job j

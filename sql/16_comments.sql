@@ -16,7 +16,7 @@ COMMENT ON COLUMN @extschema@.payout_jobs.total_pool IS 'what there is to distri
 COMMENT ON COLUMN @extschema@.payout_jobs.platform_fee IS 'fee for @platform, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.amount_paid IS 'what is in the users'' hands, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.entries_per_second IS 'speed since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or that is more than 100 years away';
+COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or when that is more than 100 years away';
 COMMENT ON COLUMN @extschema@.payout_jobs.created_at IS 'when the job was created';
 COMMENT ON COLUMN @extschema@.payout_jobs.started_at IS 'when its first batch was tried';
 COMMENT ON COLUMN @extschema@.payout_jobs.completed_at IS 'when it was completed, failed or cancelled';
@@ -38,7 +38,7 @@ COMMENT ON COLUMN @extschema@.payout_progress.bar IS 'a bar, and percent';
 COMMENT ON COLUMN @extschema@.payout_progress.done IS 'completed entries / all entries; in thousands from 100,000 entries on';
 COMMENT ON COLUMN @extschema@.payout_progress.failed IS 'entries that failed for good';
 COMMENT ON COLUMN @extschema@.payout_progress.rate IS 'entries a second since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or that is more than 100 years';
+COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or when that is more than 100 years';
 
 COMMENT ON COLUMN @extschema@.payout_entries.job_id IS 'id of the job';
 COMMENT ON COLUMN @extschema@.payout_entries.entry IS 'number of the entry in its job, in order of user id';

@@ -105,6 +105,9 @@ BEGIN
     PERFORM payoutq.announce(target.id, 'cancelled');
 END $$;
 
+COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
+'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 40001, 42704, 55000';
+
 CREATE FUNCTION payoutq.cancel_query() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -164,6 +167,9 @@ BEGIN
     RETURN queued;
 END $$;
 
+COMMENT ON FUNCTION @extschema@.payout_retry_job(bigint) IS
+'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 40001, 42704, 55000';
+
 CREATE OR REPLACE FUNCTION @extschema@.payout_trigger_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -180,6 +186,9 @@ BEGIN
      WHERE b.job_id = target.id AND b.status = 'pending' AND b.run_after > clock_timestamp();
     PERFORM payoutq.wake();
 END $$;
+
+COMMENT ON FUNCTION @extschema@.payout_trigger_job(bigint) IS
+'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 40001, 42704, 55000';
 
 CREATE OR REPLACE FUNCTION @extschema@.payout_reverse_entry(job_id bigint, user_id text, amount bigint, reason text DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -224,6 +233,9 @@ END $$;
 
 CREATE FUNCTION payoutq.enter_challenge(challenge_id bigint) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_enter_challenge_sql';
+
+COMMENT ON FUNCTION payoutq.enter_challenge(bigint) IS
+'waits for those who wait to lock the challenge''s row for themselves, and has others wait until the transaction ends';
 
 CREATE FUNCTION payoutq.lock_challenge(challenge_id bigint, stays boolean) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_challenge_sql';
@@ -658,8 +670,8 @@ DECLARE
                             AS t (name, schedule) USING (name)
                       WHERE t.schedule IS NOT NULL);
 BEGIN
-    -- At once, as each call is a transaction in another database. Some other one
-    -- may be choosing the same names.
+    -- In one call: each may be a transaction of its own, in another database. The
+    -- lock, because another database may be choosing the same names.
     RETURN payoutq.execute_in_cron(format($sql$
         LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.unschedule(j.jobid)) FROM cron.job j
@@ -694,9 +706,9 @@ BEGIN
     END IF;
 END $$;
 
-COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or that is more than 100 years away';
+COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or when that is more than 100 years away';
 
-COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or that is more than 100 years';
+COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or when that is more than 100 years';
 
 CREATE CONSTRAINT TRIGGER cancel_query AFTER UPDATE ON payoutq.job DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW WHEN (NEW.status = 'cancelled' AND OLD.status <> 'cancelled') EXECUTE FUNCTION payoutq.cancel_query();

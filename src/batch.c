@@ -69,6 +69,7 @@ static void wait_for_another_try(const Claim *claim, const ErrorData *error);
 static void wait_or_fail(const Claim *claim, const ErrorData *error);
 static void fail_entries(const Claim *claim, int sqlstate, const char *message);
 static void count_attempt(void *arg);
+static void withdraw(void *arg);
 static bool take_back(const Claim *claim);
 static void take_counted_back(void *arg);
 static void take_back_at_exit(int code pg_attribute_unused(), Datum arg pg_attribute_unused());
@@ -282,8 +283,38 @@ payoutq_take_attempt_back(const Claim *claim)
 }
 
 /*
- * Whoever has locked the batch meanwhile will record its outcome.  False: the row
- * of the job is locked, by whoever changes its state, and the count stays.
+ * When it cannot be claimed again.  Somebody may have the row, but cannot lock the
+ * attempt and lets go of it, so he is waited for.  Should that take too long, one
+ * attempt too many is counted.
+ */
+void
+payoutq_withdraw_attempt(const Claim *claim)
+{
+	ErrorData  *error = payoutq_in_savepoint(withdraw, (void *) claim);
+
+	if (error && (payoutq_is_interrupt(error) || payoutq_classify(error->sqlerrcode) != FAILURE_TRANSIENT))
+		ReThrowError(error);
+	counted.job_id = 0;
+}
+
+static void
+withdraw(void *arg)
+{
+	const Claim *claim = arg;
+	static EngineStatement withdraw = {
+		"UPDATE payoutq.batch SET crashes = crashes - 1"
+		" WHERE job_id = $1 AND batch_no = $2 AND " STILL_PENDING " AND crashes > 0",
+		2, {INT8OID, INT4OID}, NULL
+	};
+	Datum		values[] = {Int64GetDatum(claim->job_id),
+	Int32GetDatum(claim->batch_no)};
+
+	(void) payoutq_execute(&withdraw, values, NULL, SPI_OK_UPDATE);
+}
+
+/*
+ * Nobody is waited for.  False: the row of the job is locked, by whoever changes its
+ * state, and the count stays.
  */
 static bool
 take_back(const Claim *claim)

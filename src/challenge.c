@@ -33,7 +33,7 @@ payoutq_enter_challenge_sql(PG_FUNCTION_ARGS)
  * in Exclusive mode, because who has locked it may want the lock, too.
  *
  * Share is asked for first: he who has the row already needs no other.  It is
- * let go before, because of two who hold it neither gets Exclusive.
+ * let go before, because when two hold it, neither gets Exclusive.
  */
 Datum
 payoutq_lock_challenge_sql(PG_FUNCTION_ARGS)

@@ -3,7 +3,7 @@
  *		Which job is served next, and which of its batches.
  *
  * Each process keeps a short list of the jobs that have work: higher priority
- * first, and among equals one batch each in turn, the one first that waits for
+ * first, and among equals one batch each in turn, first the one that has waited
  * longest, so that a job of ten million does not hold up a job of ten.  The
  * batches of a job are taken in the order in which they are due.  The process
  * remembers the position up to which it has looked; a claim starts there, and so
@@ -70,7 +70,7 @@ payoutq_refresh_jobs(int64 only_job, bool woken)
 	};
 	TimestampTz now = GetCurrentTimestamp();
 	Datum		values[] = {TimestampTzGetDatum(now), Int64GetDatum(only_job),
-		Int32GetDatum(MAX_ACTIVE_JOBS), BoolGetDatum(now < due_only_until),
+		Int32GetDatum(MAX_ACTIVE_JOBS), BoolGetDatum(only_job == 0 && now < due_only_until),
 		CStringGetTextDatum(payoutq_origin())};
 	ActiveJob  *fresh;
 	int			count;

@@ -270,11 +270,12 @@ record_failure(void *arg)
 	Expansion  *e = arg;
 	Claim		attempt = {.job_id = e->job_id, .batch_no = QUERY_OF_JOB};
 
-	payoutq_take_attempt_back(&attempt);
+	/* First what waits for the job's row. */
 	if (payoutq_classify(e->error->sqlerrcode) == FAILURE_TRANSIENT)
 		try_again_later(e);
 	else
 		payoutq_fail_job(e->job_id, e->error->sqlerrcode, e->error->message);
+	payoutq_take_attempt_back(&attempt);
 }
 
 static bool

@@ -199,7 +199,8 @@ payoutq_require_current(PG_FUNCTION_ARGS)
 
 	SPI_connect();
 	payoutq_engine_enter(&state);
-	(void) payoutq_execute(&find, values, NULL, SPI_OK_SELECT);
+	if (payoutq_execute(&find, values, NULL, SPI_OK_SELECT) == 0)
+		elog(ERROR, "job " INT64_FORMAT " does not exist", PG_GETARG_INT64(0));
 	seen = payoutq_result_cstring(0, 1);
 	(void) payoutq_select_latest(&find, values);
 	current = payoutq_result_cstring(0, 1);

@@ -255,7 +255,7 @@ typedef enum JobWork
 typedef struct Failing
 {
 	TimestampTz since;			/* a whole batch failed then, and nothing was paid since; or 0 */
-	int			batches;		/* that failed since, with their entries */
+	int			batches;		/* that failed since; the last of them, with their entries: */
 	int32		first_seq[MASS_FAILURE];
 	int32		last_seq[MASS_FAILURE];
 	int			entries;		/* of them that were isolated, */
@@ -308,6 +308,7 @@ extern ErrorData *payoutq_count_attempt(const Claim *claim);
 extern void payoutq_attempt_counted(const Claim *claim);
 extern void payoutq_attempt_ended(void);
 extern void payoutq_take_attempt_back(const Claim *claim);
+extern void payoutq_withdraw_attempt(const Claim *claim);
 extern bool payoutq_forget_attempt(void);
 extern bool payoutq_is_mass_failure(int64 job_id, TimestampTz since);
 extern BatchOutcome payoutq_pay_batch(const Claim *claim, ErrorData **error);

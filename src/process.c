@@ -78,9 +78,10 @@ payoutq_process(uint64 max_batches, int64 only_job)
 	static TimestampTz refresh_at = 0;
 	static int64 refreshed_for = -1;
 	static uint64 generation = 0;
+	static bool rested = true;
 	MemoryContext caller = CurrentMemoryContext;
 	bool		just_refreshed = false;
-	bool		wake = !payoutq_is_worker || payoutq_shared == NULL;
+	bool		wake = !payoutq_is_worker || (payoutq_shared == NULL && rested);
 	uint64		batches = 0;
 
 	if (turn_context == NULL)
@@ -130,6 +131,7 @@ payoutq_process(uint64 max_batches, int64 only_job)
 		}
 	}
 
+	rested = batches == 0;
 	/* In a worker, the caller's went with his transaction. */
 	MemoryContextSwitchTo(payoutq_is_worker ? CurTransactionContext : caller);
 	return batches;
@@ -204,6 +206,7 @@ serve(ActiveJob *job, bool second, bool *tried)
 			payoutq_worker_report(WORKER_WORKING, job->id, 0);
 			payoutq_turn_commit(&state);
 			job->unexpanded = !payoutq_expand_job(job, &state);
+			payoutq_worker_report(WORKER_IDLE, 0, 0);
 			if (job->unexpanded)
 				payoutq_leave_alone(job, job->careful > 0 ? EXPAND_WAIT_MS : RECORD_WAIT_MS);
 			break;
@@ -313,7 +316,7 @@ count_and_reclaim(ActiveJob *job, const Claim *claim, EngineState *state, bool *
 	payoutq_turn_commit(state);
 	if (!payoutq_lock_extension() || !payoutq_reclaim(claim))
 	{
-		payoutq_take_attempt_back(claim);
+		payoutq_withdraw_attempt(claim);
 		return false;
 	}
 	job->careful--;
@@ -345,11 +348,9 @@ note_failing(ActiveJob *job, const Claim *claim)
 		return;
 	if (f->since == 0)
 		*f = (Failing) {.since = GetCurrentTimestamp()};
-	if (f->batches < MASS_FAILURE)
-	{
-		f->first_seq[f->batches] = claim->first_seq;
-		f->last_seq[f->batches++] = claim->last_seq;
-	}
+	f->first_seq[f->batches % MASS_FAILURE] = claim->first_seq;
+	f->last_seq[f->batches % MASS_FAILURE] = claim->last_seq;
+	f->batches++;
 }
 
 /*
@@ -363,7 +364,7 @@ note_isolated(ActiveJob *job, const Claim *claim, const ErrorData *error, Engine
 	Failing    *f = &job->failing;
 	bool		counts = false;
 
-	for (int i = 0; f->since != 0 && i < f->batches; i++)
+	for (int i = 0; f->since != 0 && i < Min(f->batches, MASS_FAILURE); i++)
 		counts |= claim->first_seq >= f->first_seq[i] && claim->last_seq <= f->last_seq[i];
 	if (!counts)
 		return;

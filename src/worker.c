@@ -99,7 +99,7 @@ payoutq_worker_main(Datum arg)
 			worked_at = GetCurrentTimestamp();
 		if (is_superfluous(worked_at))
 			proc_exit(0);
-		if (payoutq_my_slot && payoutq_my_slot->yield && !busy && !is_dispatcher() &&
+		if (payoutq_my_slot && payoutq_my_slot->resident && payoutq_my_slot->yield && !busy &&
 			nap >= payoutq_interval * 1000L)
 		{
 			report_database(DATABASE_PARKED, true);
@@ -395,7 +395,8 @@ is_superfluous(TimestampTz worked_at)
 		return true;
 	return !payoutq_my_slot->resident && !payoutq_my_slot->dispatcher &&
 		(residents + helpers > payoutq_workers ||
-		 (!querying && TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS)));
+		 ((!querying || payoutq_my_slot->yield) &&
+		  TimestampDifferenceExceeds(worked_at, GetCurrentTimestamp(), HELPER_PATIENCE_MS)));
 }
 
 static void

@@ -5,7 +5,7 @@ DROP ROLE IF EXISTS payoutq_test_app, payoutq_test_other;
 CREATE ROLE payoutq_test_app;
 CREATE ROLE payoutq_test_other;
 GRANT ALL ON SCHEMA app TO payoutq_test_app, payoutq_test_other;
-SELECT plan(138);
+SELECT plan(140);
 
 -- The statuses of a job's entries, by user
 CREATE FUNCTION pg_temp.statuses(job bigint) RETURNS text LANGUAGE sql AS $$
@@ -270,6 +270,22 @@ ALTER TABLE app.text_key DROP CONSTRAINT frozen;
 SELECT payout_retry_job(:job) \g /dev/null
 CALL payout_process();
 SELECT is((SELECT completed_count FROM payout_job_status(:job)), 25::bigint, 'it is paid when that is mended');
+
+-- Another error before does not matter
+CREATE FUNCTION app.refuse_m00() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'm00'; END $$;
+CREATE TRIGGER refuse_m00 BEFORE UPDATE ON app.text_key FOR EACH ROW WHEN (NEW.id = 'm00') EXECUTE FUNCTION app.refuse_m00();
+INSERT INTO app.text_key SELECT 'm' || lpad(i::text, 2, '0'), 0 FROM generate_series(0, 21) i;
+ALTER TABLE app.text_key ADD CONSTRAINT frozen CHECK (id NOT LIKE 'm%' OR coins < 1);
+SELECT payout_create_job('mass after another', array_agg(id), array_agg(1), currency => 'text_key', batch_size => 1) AS job
+  FROM app.text_key WHERE id LIKE 'm%' \gset
+CALL payout_process();
+SELECT results_eq(format('SELECT status, completed_count FROM payout_job_status(%s)', :job), $$VALUES ('failed', 0::bigint)$$,
+    'twenty with one error after one with another stop the job');
+ALTER TABLE app.text_key DROP CONSTRAINT frozen;
+DROP FUNCTION app.refuse_m00 CASCADE;
+SELECT payout_retry_job(:job) \g /dev/null
+CALL payout_process();
+SELECT is((SELECT completed_count FROM payout_job_status(:job)), 22::bigint, 'all are paid when both are mended');
 
 -- ---------------------------------------------------------------------------
 -- Triggers run as the owner of the table, and can do less than he

@@ -594,7 +594,7 @@ BEGIN
     PERFORM payoutq.announce(target.id, 'cancelled');
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_cancel_job(bigint, text) IS
-'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 42704, 55000';
+'ends a job: what is paid stays paid, the rest of the money goes back to the account that funded it; errors: 40001, 42704, 55000';
 
 -- Whoever still runs its query need not finish it. At the commit, because the job
 -- is not cancelled before.
@@ -659,7 +659,7 @@ BEGIN
     RETURN queued;
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_retry_job(bigint) IS
-'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 42704, 55000';
+'queues the failed entries of a job again, also of a finished one, and those that wait for another try, and its failed transfers of users who have a destination and still have the money; returns how many; errors: 40001, 42704, 55000';
 
 CREATE FUNCTION @extschema@.payout_trigger_job(job_id bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -678,7 +678,7 @@ BEGIN
     PERFORM payoutq.wake();
 END $$;
 COMMENT ON FUNCTION @extschema@.payout_trigger_job(bigint) IS
-'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 42704, 55000';
+'runs a job now, whatever its run_at and the backoff of its batches say, and a restored one although its books are not complete; errors: 40001, 42704, 55000';
 -- Accounts and the ledger.
 
 CREATE FUNCTION @extschema@.payout_balance(user_id text, currency text DEFAULT 'USD') RETURNS bigint
@@ -1025,6 +1025,8 @@ END $$;
 -- whoever wants the row for himself waits for him, and those who come later behind.
 CREATE FUNCTION payoutq.enter_challenge(challenge_id bigint) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_enter_challenge_sql';
+COMMENT ON FUNCTION payoutq.enter_challenge(bigint) IS
+'waits for those who wait to lock the challenge''s row for themselves, and has others wait until the transaction ends';
 CREATE FUNCTION payoutq.lock_challenge(challenge_id bigint, stays boolean) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'payoutq_lock_challenge_sql';
 COMMENT ON FUNCTION payoutq.lock_challenge(bigint, boolean) IS
@@ -3586,8 +3588,8 @@ DECLARE
                             AS t (name, schedule) USING (name)
                       WHERE t.schedule IS NOT NULL);
 BEGIN
-    -- At once, as each call is a transaction in another database. Some other one
-    -- may be choosing the same names.
+    -- In one call: each may be a transaction of its own, in another database. The
+    -- lock, because another database may be choosing the same names.
     RETURN payoutq.execute_in_cron(format($sql$
         LOCK TABLE cron.job IN SHARE ROW EXCLUSIVE MODE;
         SELECT count(cron.unschedule(j.jobid)) FROM cron.job j
@@ -3765,7 +3767,7 @@ COMMENT ON COLUMN @extschema@.payout_jobs.total_pool IS 'what there is to distri
 COMMENT ON COLUMN @extschema@.payout_jobs.platform_fee IS 'fee for @platform, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.amount_paid IS 'what is in the users'' hands, in minor units';
 COMMENT ON COLUMN @extschema@.payout_jobs.entries_per_second IS 'speed since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or that is more than 100 years away';
+COMMENT ON COLUMN @extschema@.payout_jobs.eta IS 'when the job will be finished at this speed; null when it is not running, or when that is more than 100 years away';
 COMMENT ON COLUMN @extschema@.payout_jobs.created_at IS 'when the job was created';
 COMMENT ON COLUMN @extschema@.payout_jobs.started_at IS 'when its first batch was tried';
 COMMENT ON COLUMN @extschema@.payout_jobs.completed_at IS 'when it was completed, failed or cancelled';
@@ -3787,7 +3789,7 @@ COMMENT ON COLUMN @extschema@.payout_progress.bar IS 'a bar, and percent';
 COMMENT ON COLUMN @extschema@.payout_progress.done IS 'completed entries / all entries; in thousands from 100,000 entries on';
 COMMENT ON COLUMN @extschema@.payout_progress.failed IS 'entries that failed for good';
 COMMENT ON COLUMN @extschema@.payout_progress.rate IS 'entries a second since the start of the job';
-COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or that is more than 100 years';
+COMMENT ON COLUMN @extschema@.payout_progress.time_left IS 'until the job is finished at this speed; null when it is not running, or when that is more than 100 years';
 
 COMMENT ON COLUMN @extschema@.payout_entries.job_id IS 'id of the job';
 COMMENT ON COLUMN @extschema@.payout_entries.entry IS 'number of the entry in its job, in order of user id';
